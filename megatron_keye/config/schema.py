@@ -1,0 +1,220 @@
+"""The typed, frozen settings of a run. Plain data: no torch, no files, no defaults that depend on the machine.
+
+Every field carries its unit in its name or in its description, and every description is what `keye config` prints.
+Values that follow from others are computed where they are used (`config/derive.py`), never written back here.
+"""
+
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+Variant = Literal["keye_vl_preview", "keye_vl_1_5"]
+Module = Literal["vision", "projector", "embedding", "decoder"]
+Positive = Annotated[int, Field(gt=0)]
+NonNegative = Annotated[int, Field(ge=0)]
+Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
+
+
+class Section(BaseModel):
+    """A group of settings: frozen, unknown names refused, attribute docstrings kept as descriptions."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+
+class VisionConfig(Section):
+    """The native-resolution SigLIP vision transformer (ViT)."""
+
+    hidden_size: Positive
+    num_layers: Positive
+    num_heads: Positive
+    ffn_hidden_size: Positive
+    patch_size: Positive = 14
+    """Side of a square patch, in pixels."""
+    position_table_side: Positive = 27
+    """The learned position table has side x side rows and is interpolated to each image's own grid."""
+    norm_eps: float = 1e-6
+    rope_base: float = 10000.0
+    carried_position_rows: NonNegative = 32768
+    """Rows of the unused `packing_position_embedding` that released checkpoints hold and loaders demand."""
+    recompute: bool = False
+    """Recompute each layer's activations in the backward pass."""
+
+
+class ProjectorConfig(Section):
+    """The MLP that merges 2x2 patches into one decoder position."""
+
+    norm_eps: float = 1e-5
+
+
+class DecoderConfig(Section):
+    """The Qwen3 decoder."""
+
+    num_layers: Positive
+    hidden_size: Positive
+    num_heads: Positive
+    num_kv_groups: Positive
+    head_dim: Positive
+    ffn_hidden_size: Positive
+    vocab_size: Positive
+    norm_eps: float = 1e-6
+    rope_base: float = 1e6
+    mrope_section: tuple[Positive, Positive, Positive] = (16, 24, 24)
+    """Rotary frequencies given to the time, height and width position; their sum is head_dim / 2."""
+    recompute: Literal["none", "core_attention", "full"] = "none"
+    """Activations recomputed in the backward pass: none, those of the attention kernel, or whole layers."""
+
+
+class ModelConfig(Section):
+    """Which model. `variant` fixes everything that differs between Keye-VL-8B-Preview and Keye-VL-1.5."""
+
+    variant: Variant
+    vision: VisionConfig
+    projector: ProjectorConfig = ProjectorConfig()
+    decoder: DecoderConfig
+    freeze: tuple[Module, ...] = ()
+    """Modules without weight gradients and optimizer state."""
+    init_std: float = 0.02
+    """Standard deviation of fresh weights."""
+
+
+class ParallelConfig(Section):
+    """The decoder's layout. The ViT and projector are always data-parallel over every rank."""
+
+    tp: Positive = 1
+    """Tensor-parallel ranks."""
+    cp: Positive = 1
+    """Context-parallel ranks."""
+    pp: Positive = 1
+    """Pipeline stages."""
+    vp: Positive = 1
+    """Virtual stages (model chunks) per pipeline rank; 1 is the plain 1F1B schedule."""
+    sequence_parallel: bool = False
+    """Shard activations between tensor-parallel regions along the sequence."""
+    layers_per_stage: tuple[NonNegative, ...] | None = None
+    """Decoder layers of each of the pp * vp stages, in order; None divides them evenly."""
+
+
+class KernelConfig(Section):
+    """Which implementations run; `auto` takes the best one that the machine has."""
+
+    decoder: Literal["auto", "torch", "te"] = "auto"
+    """Layer spec of the decoder: plain torch modules, or Transformer Engine."""
+    vision_attention: Literal["auto", "sdpa", "varlen", "flash"] = "auto"
+    """Segment attention in the ViT: torch SDPA per segment, torch varlen attention, or flash-attn."""
+
+
+class EncodeConfig(Section):
+    """How the ViT's work of one step is cut."""
+
+    patches_per_round: Positive = 65536
+    """Most patches a rank encodes at once. A single larger segment gets a round of its own."""
+    activations: Literal["keep", "recompute"] = "keep"
+    """Keep the graph of every round until its gradient comes back, or run the round's forward again."""
+    slab_bytes: Positive = 8 << 30
+    """Budget for the visual embeddings that one rank holds for a whole step."""
+    placement: Literal["all_ranks", "stage0", "stage0_replicated"] = "all_ranks"
+    """Ranks that encode a replica's images: all of its ranks (ours), those of pipeline stage 0 sharing the work, or
+    every rank of stage 0 doing all of it. The last two exist so that benchmarks can compare."""
+
+
+class ImageConfig(Section):
+    """Limits of an image, in visual tokens of 28x28 pixels. A message part may narrow them."""
+
+    min_tokens: Positive = 4
+    max_tokens: Positive = 20480
+
+
+class VideoConfig(Section):
+    """Slow-fast video. `preset` gives the values of the technical report or of keye-vl-utils 1.5.2; a field set here wins."""
+
+    preset: Literal["released", "report"] = "released"
+    fps: float = 2.0
+    """Frames sampled per second of video, at most."""
+    min_frame_tokens: Positive | None = None
+    max_frame_tokens: Positive | None = None
+    total_tokens: Positive | None = None
+    """Visual tokens of one whole video, at most."""
+    min_frame_similarity: Fraction | None = None
+    """A frame less similar than this to the latest slow frame is slow, else fast."""
+    max_frames: Positive | None = None
+
+
+class DataConfig(Section):
+    """Where samples come from and how they fill steps."""
+
+    train: str
+    """Folder with shards and index of the training set."""
+    valid: str | None = None
+    """Folder of the held-out set; None evaluates nothing."""
+    tokenizer: str
+    """Folder of a Hugging Face tokenizer that has the variant's special tokens."""
+    seq_length_tokens: Positive
+    """Most tokens of one packed row, padding included."""
+    pad_multiple_tokens: Positive = 64
+    """Every document is padded at its end to this multiple: of 2 * cp * tp of every layout the run may use."""
+    global_batch_samples: Positive
+    """Samples of one optimizer step."""
+    image: ImageConfig = ImageConfig()
+    video: VideoConfig = VideoConfig()
+    prefetch_steps: NonNegative = 2
+    """Steps whose media are decoded ahead of the one that trains."""
+    prefetch_bytes: Positive = 4 << 30
+    """Budget for pixels decoded ahead, per replica."""
+    decode_threads: Positive = 2
+    bad_sample: Literal["stop", "skip"] = "stop"
+    """What a sample that cannot be decoded does: stop the run, or count as an empty slot in the ledger."""
+    max_skipped_samples: NonNegative = 100
+
+
+class LearningRateScale(Section):
+    """Factor on the learning rate, per module."""
+
+    vision: float = 1.0
+    projector: float = 1.0
+    decoder: float = 1.0
+
+
+class OptimizerConfig(Section):
+    """AdamW with linear warm-up and cosine decay, one global gradient norm, ZeRO-1 sharding of its state."""
+
+    lr: float
+    min_lr_ratio: Fraction = 0.1
+    warmup_steps: NonNegative = 0
+    decay_steps: Positive | None = None
+    """Steps after which the learning rate has reached its minimum; None means train.steps."""
+    weight_decay: float = 0.01
+    beta1: float = 0.9
+    beta2: float = 0.95
+    eps: float = 1e-8
+    clip_norm: float = 1.0
+    lr_scale: LearningRateScale = LearningRateScale()
+
+
+class TrainConfig(Section):
+    """The loop."""
+
+    steps: Positive
+    seed: int = 0
+    precision: Literal["bf16", "fp32", "fp64"] = "bf16"
+    """bf16 keeps float32 main weights and gradients; fp64 is for proofs on CPU."""
+    save_every_steps: Positive = 100
+    keep_checkpoints: Positive = 2
+    valid_every_steps: NonNegative = 0
+    """0 evaluates only at the end."""
+    valid_steps: Positive = 8
+    max_nonfinite_steps: NonNegative = 10
+    """Steps skipped for a non-finite gradient before the run ends with exit code 66."""
+    overlap_grad_reduce: bool = False
+    overlap_param_gather: bool = False
+
+
+class RunConfig(Section):
+    """All settings of one run."""
+
+    model: ModelConfig
+    parallel: ParallelConfig = ParallelConfig()
+    kernels: KernelConfig = KernelConfig()
+    encode: EncodeConfig = EncodeConfig()
+    data: DataConfig
+    optimizer: OptimizerConfig
+    train: TrainConfig
