@@ -1,0 +1,144 @@
+"""One step plan from one cursor: membership first, which no layout can change, then placement, which only a layout can."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Protocol
+
+from megatron_keye.contract.media import SampleShape
+from megatron_keye.errors import PlanError
+from megatron_keye.plan.balance import imbalance, place_segments, place_vectors
+from megatron_keye.plan.cost import CostModel
+from megatron_keye.plan.cursor import Cursor
+from megatron_keye.plan.digest import ledger_digest
+from megatron_keye.plan.order import samples_at
+from megatron_keye.plan.pack import Item, pack_rows, round_up, rows_needed
+from megatron_keye.plan.types import EncodeTask, ReplicaPlan, Row, StepPlan
+
+
+class SampleShapes(Protocol):
+    """The part of a dataset's index that planning reads: the shape of each sample, by number."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, sample: int) -> SampleShape: ...
+
+
+@dataclass(frozen=True, slots=True)
+class PlanSettings:
+    """What a step plan depends on besides the cursor and the data.
+
+    The first two decide which samples a step holds; all others only where they go.
+    """
+
+    seed: int
+    global_batch_samples: int
+    seq_length_tokens: int
+    pad_multiple_tokens: int
+    patches_per_round: int
+    num_replicas: int
+    encoders: tuple[int, ...]
+    """Replica-local ranks that share a replica's attention segments. To have several ranks each encode all of them,
+    plan with one encoder and apply `replicate_tasks`."""
+    microbatch_multiple: int
+    """The number of microbatches is rounded up to this (interleaved schedules need a multiple of the stages)."""
+    cost: CostModel
+
+    def __post_init__(self) -> None:
+        sizes = ("global_batch_samples", "pad_multiple_tokens", "patches_per_round", "num_replicas", "microbatch_multiple")
+        problems = [f"{name} is {getattr(self, name)}, expected at least 1" for name in sizes if getattr(self, name) < 1]
+        if self.seq_length_tokens < self.pad_multiple_tokens:
+            problems.append(f"seq_length_tokens is {self.seq_length_tokens}, expected at least pad_multiple_tokens = {self.pad_multiple_tokens}")
+        if not self.encoders or len(set(self.encoders)) != len(self.encoders):
+            problems.append(f"encoders are {self.encoders}, expected at least one rank and none twice")
+        if problems:
+            raise PlanError("No step can be planned with these settings: " + "; ".join(problems) + ".")
+
+
+def plan_step(shapes: SampleShapes, cursor: Cursor, settings: PlanSettings) -> tuple[StepPlan, Cursor]:
+    """The plan of step `cursor.step` and the cursor after it.
+
+    Raises PlanError when the dataset is empty or a sample does not fit a row.
+    """
+    members = samples_at(cursor.position, settings.global_batch_samples, len(shapes), settings.seed)
+    plan = StepPlan(cursor.step, members, place_members(members, shapes, settings))
+    after = Cursor(cursor.step + 1, cursor.position + len(members), ledger_digest(cursor.ledger, members))
+    return plan, after
+
+
+def place_members(members: Sequence[int], shapes: SampleShapes, settings: PlanSettings) -> tuple[ReplicaPlan, ...]:
+    """Placement of a step's samples: one plan per replica, all with the same number of rows."""
+    items = [_item(slot, sample, shapes[sample], settings) for slot, sample in enumerate(members)]
+    shares: list[list[Item]] = [[] for _ in range(settings.num_replicas)]
+    kinds = [(item.decoder_cost, item.vision_cost, item.padded_tokens) for item in items]
+    for item, replica in zip(items, place_vectors(kinds, settings.num_replicas), strict=True):
+        shares[replica].append(item)
+    needed = max(rows_needed(share, settings.seq_length_tokens) for share in shares)
+    num_rows = round_up(needed, settings.microbatch_multiple)
+    return tuple(_replica_plan(share, num_rows, settings) for share in shares)
+
+
+def replicate_tasks(replica: ReplicaPlan, encoders: Sequence[int]) -> ReplicaPlan:
+    """The plan in which each of `encoders` encodes everything that a single one did. Only benchmarks want this."""
+    planned = {task.encoder for task in replica.tasks}
+    if len(planned) > 1:
+        raise PlanError(f"Tasks are shared by encoders {sorted(planned)}; plan with a single encoder to have each rank encode all of them.")
+    tasks = tuple(replace(task, encoder=encoder) for encoder in sorted(encoders) for task in replica.tasks)
+    return replace(replica, tasks=tasks)
+
+
+@dataclass(frozen=True, slots=True)
+class PredictedLoads:
+    """FLOPs of one step: `decoder[replica]`, and `vision[replica][i]` of the i-th rank of the plan's encoders."""
+
+    decoder: tuple[int, ...]
+    vision: tuple[tuple[int, ...], ...]
+
+    @property
+    def decoder_imbalance(self) -> float:
+        """max / mean over replicas."""
+        return imbalance(self.decoder)
+
+    @property
+    def vision_imbalance(self) -> float:
+        """max / mean over the encoder ranks of all replicas."""
+        return imbalance([load for replica in self.vision for load in replica])
+
+
+def predicted_loads(plan: StepPlan, settings: PlanSettings) -> PredictedLoads:
+    """What the cost model says of a plan; padding counts. `settings.encoders` are the ranks that encode in it."""
+    decoder = tuple(sum(_row_cost(row, settings.cost) for row in replica.rows) for replica in plan.replicas)
+    return PredictedLoads(decoder, tuple(_encoder_loads(replica, settings) for replica in plan.replicas))
+
+
+def _item(slot: int, sample: int, shape: SampleShape, settings: PlanSettings) -> Item:
+    padded_tokens = round_up(shape.num_tokens, settings.pad_multiple_tokens)
+    if padded_tokens > settings.seq_length_tokens:
+        raise PlanError(
+            f"Sample {sample} has {shape.num_tokens} tokens, {padded_tokens} with padding to a multiple of {settings.pad_multiple_tokens}; "
+            f"a row holds {settings.seq_length_tokens}. Shorten the sample when its index is read, or raise data.seq_length_tokens."
+        )
+    cost = settings.cost.sample_cost(shape, padded_tokens)
+    return Item(slot, sample, shape, padded_tokens, cost.decoder, cost.vision)
+
+
+def _replica_plan(items: Sequence[Item], num_rows: int, settings: PlanSettings) -> ReplicaPlan:
+    rows = pack_rows(items, num_rows, settings.seq_length_tokens, settings.pad_multiple_tokens)
+    tasks = place_segments(rows, settings.encoders, settings.patches_per_round, settings.cost)
+    return ReplicaPlan(rows, tasks, num_rounds=1 + max((task.round for task in tasks), default=-1))
+
+
+def _row_cost(row: Row, cost: CostModel) -> int:
+    lengths = [document.padded_tokens for document in row.documents] or [row.num_tokens]
+    return sum(cost.decoder_cost(length) for length in lengths)
+
+
+def _encoder_loads(replica: ReplicaPlan, settings: PlanSettings) -> tuple[int, ...]:
+    loads = dict.fromkeys(settings.encoders, 0)
+    for task in replica.tasks:
+        loads[task.encoder] += _task_cost(task, replica, settings.cost)
+    return tuple(loads.values())
+
+
+def _task_cost(task: EncodeTask, replica: ReplicaPlan, cost: CostModel) -> int:
+    document = replica.rows[task.microbatch].documents[task.document]
+    return cost.vision_cost(document.shape.segments[task.segment].grid)
