@@ -1,0 +1,24 @@
+"""Segment attention by variable-length CUDA kernels. Only a GPU can run this file."""
+
+from torch import Tensor
+from torch.nn.attention.varlen import varlen_attn
+
+from megatron_keye.model.vision_attention import PackedSegments, sdpa_attention
+
+
+def varlen_attention(q: Tensor, k: Tensor, v: Tensor, segments: PackedSegments) -> Tensor:
+    """torch's own variable-length flash attention, in bfloat16 or float16."""
+    if segments.max_patches == 0:
+        return sdpa_attention(q, k, v, segments)
+    bounds, longest = segments.cu_seqlens, segments.max_patches
+    return varlen_attn(q, k, v, bounds, bounds, longest, longest)
+
+
+def flash_attention(q: Tensor, k: Tensor, v: Tensor, segments: PackedSegments) -> Tensor:
+    """flash-attn, in bfloat16 or float16, with a backward pass that repeats bit for bit."""
+    from flash_attn import flash_attn_varlen_func  # an optional dependency
+
+    if segments.max_patches == 0:
+        return sdpa_attention(q, k, v, segments)
+    bounds, longest = segments.cu_seqlens, segments.max_patches
+    return flash_attn_varlen_func(q, k, v, bounds, bounds, longest, longest, deterministic=True)
