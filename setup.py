@@ -1,0 +1,38 @@
+"""Package metadata. `constraints.txt` pins the exact versions that were tested."""
+
+from setuptools import find_packages, setup
+
+setup(
+    name="megatron_keye",
+    version="0.1.0",
+    description="Train Keye-VL-class vision-language models on Megatron-core",
+    license="Apache-2.0",
+    python_requires=">=3.11",
+    packages=find_packages(include=["megatron_keye", "megatron_keye.*"]),
+    package_data={"megatron_keye.recipes": ["*.yaml"]},
+    entry_points={"console_scripts": ["keye = megatron_keye.train.cli:main"]},
+    install_requires=[
+        "torch>=2.13",
+        "megatron-core==0.16.1",
+        "numpy",
+        "pyyaml",
+        "pydantic>=2.7",
+        "annotated-types",
+        "transformers>=5.23",
+        "tokenizers",
+        "safetensors",
+        "av",
+        "opencv-python-headless",
+        "pillow",
+        "simplejpeg",
+        "webdataset",
+        "tensorboard",
+        "rich",
+        "matplotlib",
+    ],
+    extras_require={
+        "gpu": ["transformer-engine[pytorch]", "flash-attn"],
+        "dali": ["nvidia-dali-cuda120"],
+        "dev": ["pytest", "pytest-xdist", "hypothesis", "ruff", "keye-vl-utils==1.5.2", "einops"],
+    },
+)
