@@ -71,7 +71,7 @@ def permute_segments(x: Tensor, sizes: list[int], order: Sequence[int]) -> Tenso
 
 
 def normalise(patches: Tensor, dtype: torch.dtype) -> Tensor:
-    """(x / 255 - 0.5) / 0.5, rounded to `dtype` once: bfloat16 cannot tell neighbouring values of x / 255 apart above 0.5."""
+    """(x / 255 - 0.5) / 0.5, computed in at least float32 and rounded to `dtype` once, as the released preprocessing does."""
     wide = torch.promote_types(dtype, torch.float32)
     return ((patches.to(wide) / 255 - 0.5) / 0.5).to(dtype)
 

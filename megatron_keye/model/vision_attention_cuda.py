@@ -1,5 +1,6 @@
 """Segment attention by variable-length CUDA kernels. Only a GPU can run this file."""
 
+import torch
 from torch import Tensor
 from torch.nn.attention.varlen import varlen_attn
 
@@ -15,10 +16,11 @@ def varlen_attention(q: Tensor, k: Tensor, v: Tensor, segments: PackedSegments) 
 
 
 def flash_attention(q: Tensor, k: Tensor, v: Tensor, segments: PackedSegments) -> Tensor:
-    """flash-attn, in bfloat16 or float16, with a backward pass that repeats bit for bit."""
+    """flash-attn, in bfloat16 or float16. Like the kernel above it repeats bit for bit where torch is asked for determinism."""
     from flash_attn import flash_attn_varlen_func  # an optional dependency
 
     if segments.max_patches == 0:
         return sdpa_attention(q, k, v, segments)
     bounds, longest = segments.cu_seqlens, segments.max_patches
-    return flash_attn_varlen_func(q, k, v, bounds, bounds, longest, longest, deterministic=True)
+    deterministic = torch.are_deterministic_algorithms_enabled()
+    return flash_attn_varlen_func(q, k, v, bounds, bounds, longest, longest, deterministic=deterministic)
