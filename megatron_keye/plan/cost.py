@@ -66,7 +66,7 @@ def cost_model(model: ModelConfig) -> CostModel:
         # Pixels need no gradient, so the patch embedding has no input gradient.
         vision_patch=2 * (vision_passes * vision_layers + (1 + trains_vision) * patch_embedding),
         vision_pair=2 * vision_passes * vision.num_layers * 2 * vision.hidden_size,
-        projector_token=2 * (1 + trains_projector + trains_vision) * projector,
+        projector_token=2 * (1 + trains_projector + (trains_projector or trains_vision)) * projector,
     )
 
 

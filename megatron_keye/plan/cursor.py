@@ -84,7 +84,9 @@ def _parse_fields(text: str) -> dict:
         raise CheckpointError(f"The resume state holds {found} where {sorted(_FIELD_TYPES)} was expected. {remedy}")
     for name, kind in _FIELD_TYPES.items():
         if type(fields[name]) is not kind:
-            raise CheckpointError(f"The resume state's {name} is {fields[name]!r} where a value of type {kind.__name__} was expected. {remedy}")
+            raise CheckpointError(
+                f"The resume state's {name} is {fields[name]!r} where a value of type {kind.__name__} was expected. {remedy}"
+            )
     for name in ("step", "position"):
         if fields[name] < 0:
             raise CheckpointError(f"The resume state's {name} is {fields[name]} where 0 or more was expected. {remedy}")

@@ -25,8 +25,7 @@ class Permutation:
     """
 
     def __init__(self, num_samples: int, key: bytes):
-        if num_samples < 1:
-            raise PlanError(f"The dataset has {num_samples} samples; an order needs at least one. Check data.train and its index.")
+        _check_not_empty(num_samples)
         self.num_samples = num_samples
         self._left_size = isqrt(num_samples - 1) + 1
         self._right_size = -(-num_samples // self._left_size)
@@ -57,12 +56,14 @@ def epoch_permutation(epoch: int, num_samples: int, seed: int) -> Permutation:
 
 def sample_at(position: int, num_samples: int, seed: int) -> int:
     """The sample at `position` of the endless sequence of epochs; each epoch visits every sample once."""
+    _check_not_empty(num_samples)
     epoch, offset = divmod(position, num_samples)
     return epoch_permutation(epoch, num_samples, seed)(offset)
 
 
 def samples_at(start: int, count: int, num_samples: int, seed: int) -> tuple[int, ...]:
     """The samples at positions start .. start + count - 1; where these span an epoch's end a sample may occur twice."""
+    _check_not_empty(num_samples)
     samples: list[int] = []
     while len(samples) < count:
         epoch, offset = divmod(start + len(samples), num_samples)
@@ -70,3 +71,8 @@ def samples_at(start: int, count: int, num_samples: int, seed: int) -> tuple[int
         stop = min(num_samples, offset + count - len(samples))
         samples.extend(permutation(i) for i in range(offset, stop))
     return tuple(samples)
+
+
+def _check_not_empty(num_samples: int) -> None:
+    if num_samples < 1:
+        raise PlanError(f"The dataset has {num_samples} samples; an order needs at least one. Check data.train and its index.")

@@ -47,7 +47,9 @@ class PlanSettings:
         sizes = ("global_batch_samples", "pad_multiple_tokens", "patches_per_round", "num_replicas", "microbatch_multiple")
         problems = [f"{name} is {getattr(self, name)}, expected at least 1" for name in sizes if getattr(self, name) < 1]
         if self.seq_length_tokens < self.pad_multiple_tokens:
-            problems.append(f"seq_length_tokens is {self.seq_length_tokens}, expected at least pad_multiple_tokens = {self.pad_multiple_tokens}")
+            problems.append(
+                f"seq_length_tokens is {self.seq_length_tokens}, expected at least pad_multiple_tokens = {self.pad_multiple_tokens}"
+            )
         if not self.encoders or len(set(self.encoders)) != len(self.encoders):
             problems.append(f"encoders are {self.encoders}, expected at least one rank and none twice")
         if problems:

@@ -1,0 +1,99 @@
+"""Resume state survives JSON, refuses damage, and refuses a run that would go on with other samples."""
+
+import json
+from dataclasses import replace
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from megatron_keye.errors import CheckpointError
+from megatron_keye.plan.cursor import Cursor, ResumeState, RunIdentity, check_resumable
+
+STATE = ResumeState(Cursor(12, 768, bytes(range(32))), RunIdentity(seed=3, dataset_fingerprint="ab12", global_batch_samples=64))
+naturals = st.integers(0, 2**60)
+states = st.builds(
+    ResumeState,
+    st.builds(Cursor, naturals, naturals, st.binary(min_size=32, max_size=32)),
+    st.builds(RunIdentity, st.integers(), st.text(), naturals, naturals),
+)
+
+
+@given(states)
+def test_json_there_and_back(state):
+    assert ResumeState.from_json(state.to_json()) == state
+    assert "\n" not in state.to_json()
+
+
+def test_the_stored_form_is_pinned():
+    """Checkpoints hold it: a change must still read this."""
+    assert json.loads(STATE.to_json()) == {
+        "step": 12,
+        "position": 768,
+        "ledger": bytes(range(32)).hex(),
+        "seed": 3,
+        "dataset_fingerprint": "ab12",
+        "global_batch_samples": 64,
+        "plan_version": 1,
+    }
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", "3", "null", "{}"])
+def test_what_is_not_a_resume_state_is_refused(text):
+    with pytest.raises(CheckpointError, match="use an earlier one"):
+        ResumeState.from_json(text)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("step", -1),
+        ("step", 1.0),
+        ("step", True),
+        ("position", -5),
+        ("position", "768"),
+        ("ledger", "00"),
+        ("ledger", "zz" * 32),
+        ("seed", None),
+        ("dataset_fingerprint", 5),
+    ],
+)
+def test_a_damaged_field_is_named(name, value):
+    stored = json.loads(STATE.to_json()) | {name: value}
+    with pytest.raises(CheckpointError, match=name):
+        ResumeState.from_json(json.dumps(stored))
+
+
+@pytest.mark.parametrize("edit", [lambda d: d.pop("seed"), lambda d: d.update(extra=1)])
+def test_missing_and_unknown_fields_are_refused(edit):
+    stored = json.loads(STATE.to_json())
+    edit(stored)
+    with pytest.raises(CheckpointError, match="was expected"):
+        ResumeState.from_json(json.dumps(stored))
+
+
+def test_the_same_run_is_resumable():
+    check_resumable(STATE, replace(STATE.run))
+
+
+@pytest.mark.parametrize(
+    ("change", "remedy"),
+    [
+        ({"seed": 4}, "train.seed back to 3"),
+        ({"dataset_fingerprint": "cd34"}, "data.train"),
+        ({"global_batch_samples": 32}, "data.global_batch_samples back to 64"),
+        ({"plan_version": 99}, "version of megatron_keye"),
+    ],
+)
+def test_each_difference_is_named_with_its_remedy(change, remedy):
+    with pytest.raises(CheckpointError, match=remedy) as caught:
+        check_resumable(STATE, replace(STATE.run, **change))
+    (name, value), before = next(iter(change.items())), getattr(STATE.run, next(iter(change)))
+    assert f"{name} is {value!r}, but the checkpoint's is {before!r}" in str(caught.value)
+    assert str(caught.value).count("  - ") == 1
+
+
+def test_all_differences_are_named_at_once():
+    with pytest.raises(CheckpointError) as caught:
+        check_resumable(STATE, RunIdentity(1, "x", 1, 0))
+    assert str(caught.value).count("  - ") == 4
