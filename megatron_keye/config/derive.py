@@ -203,9 +203,9 @@ def _check_media(config: RunConfig) -> Iterator[str]:
 
 def _check_training(config: RunConfig) -> Iterator[str]:
     optimizer, train = config.optimizer, config.train
-    decay_steps = train.steps if optimizer.decay_steps is None else optimizer.decay_steps
-    if optimizer.warmup_steps > decay_steps:
-        yield f"optimizer.warmup_steps = {optimizer.warmup_steps} is above the {decay_steps} steps of the whole schedule: lower it"
+    # Without decay_steps a short trial run may end within its warm-up.
+    if optimizer.decay_steps is not None and optimizer.warmup_steps > optimizer.decay_steps:
+        yield f"optimizer.warmup_steps = {optimizer.warmup_steps} is above optimizer.decay_steps = {optimizer.decay_steps}: lower it"
     if set(config.model.freeze) == {"vision", "projector", "embedding", "decoder"}:
         yield "model.freeze names every module, so nothing would train: remove at least one"
     if train.valid_every_steps and config.data.valid is None:
