@@ -14,7 +14,8 @@ def megatron_config(decoder: DecoderConfig, parallel: ParallelConfig, dtype: tor
 
     `calculate_per_token_loss` makes the schedules pure sums, so that the one division by the global token count is ours.
     Virtual stages run only with overlapped point-to-point communication: batched messages pair up wrongly on gloo
-    (silently, at PP 2), and without overlap PP 4 hangs.
+    (silently, at PP 2), and without overlap PP 4 hangs. Megatron's own weight initialisation stays on although ours
+    overwrites it: it also marks parameters as split over TP, without which their gradient norm counts TP rank 0 alone.
     """
     on_gpu = torch.cuda.is_available()
     return TransformerConfig(
@@ -40,7 +41,6 @@ def megatron_config(decoder: DecoderConfig, parallel: ParallelConfig, dtype: tor
         params_dtype=dtype,
         pipeline_dtype=dtype,
         bf16=dtype == torch.bfloat16,
-        perform_initialization=False,
         use_cpu_initialization=not on_gpu,
         gradient_accumulation_fusion=False,
         persist_layer_norm=False,

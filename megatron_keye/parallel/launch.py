@@ -6,6 +6,7 @@ interpreters take on two cores. Used by `keye verify-layout` and by the tests; t
 
 import multiprocessing
 import os
+import pickle
 import tempfile
 import time
 import traceback
@@ -62,9 +63,13 @@ def _run_rank(sending, store_path, rank, world_size, prepare, function, args, ti
             backend, store=dist.FileStore(store_path, world_size), rank=rank, world_size=world_size,
             timeout=timedelta(seconds=timeout_s),
         )  # fmt: skip
-        sending.send((True, function(*args)))
+        outcome = (True, function(*args))
     except BaseException:
-        sending.send((False, traceback.format_exc()))
+        outcome = (False, traceback.format_exc())
+    try:
+        # Plain pickle, between this process and its own child over an anonymous pipe: torch's pickler would share memory with a
+        # process that is about to end.
+        sending.send_bytes(pickle.dumps(outcome))
     finally:
         sending.close()
         # Without the interpreter's own shutdown: forked ranks share the parent's atexit handlers and buffers.
@@ -83,7 +88,7 @@ def _collect(pipes: list, deadline: float) -> list[Any]:
         for pipe in ready:
             rank = waiting.pop(pipe)
             try:
-                succeeded, value = pipe.recv()
+                succeeded, value = pickle.loads(pipe.recv_bytes())
             except EOFError:
                 succeeded, value = False, "the process died without a word"
             if succeeded:

@@ -1,0 +1,97 @@
+"""Steps without a dataset: shapes chosen to cross every boundary, random tokens and pixels, the same on every rank and layout.
+
+Used to verify layouts and to measure steps. Everything follows from the sample's number, so each rank makes what it needs.
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from megatron_keye.config.schema import RunConfig, Variant
+from megatron_keye.contract.media import PATCH_VALUES, PatchGrid, SampleShape, Segment
+from megatron_keye.parallel.groups import Groups
+from megatron_keye.plan.step import place_members
+from megatron_keye.plan.types import ReplicaPlan, Row, StepPlan
+from megatron_keye.train.batch import RankInputs, RowTokens
+from megatron_keye.train.placement import plan_settings
+
+PROOF_STEPS = 2
+
+
+def proof_shapes(variant: Variant) -> list[list[SampleShape]]:
+    """Samples of each proof step: odd lengths, images in the middle and at both ends, one image that fills most of a row,
+    a long video, text alone; and a second step with a single image, which leaves most ranks without one."""
+    image = [Segment(PatchGrid(1, 6, 10), 5)]
+    large = [Segment(PatchGrid(1, 24, 26), 3)]
+    first_and_last = [Segment(PatchGrid(1, 4, 4), 0), Segment(PatchGrid(1, 2, 8), 9)]
+    rich = [
+        SampleShape(41, tuple(image)),
+        SampleShape(23),
+        SampleShape(177, tuple(large)),
+        SampleShape(17, tuple(first_and_last)),
+        SampleShape(129, _video(variant, frames=13, gap_tokens=3)),
+        SampleShape(7),
+        SampleShape(57),
+        SampleShape(63, (*image, *image)),
+        SampleShape(35),
+        SampleShape(19),
+        SampleShape(213),
+    ]
+    sparse = [SampleShape(n) for n in (11, 47, 33, 101, 9, 65)] + [SampleShape(31, tuple(image))]
+    return [rich, sparse]
+
+
+def _video(variant: Variant, frames: int, gap_tokens: int) -> tuple[Segment, ...]:
+    if variant == "keye_vl_preview":
+        return (Segment(PatchGrid(frames, 4, 6), gap_tokens),)
+    return tuple(Segment(PatchGrid(1, 4, 6), gap_tokens) for _ in range(frames))
+
+
+def synthetic_plan(shapes: Sequence[SampleShape], step: int, config: RunConfig, num_replicas: int) -> StepPlan:
+    """The trainer's own placement of `shapes` on the layout of `config`."""
+    members = tuple(range(len(shapes)))
+    return StepPlan(step, members, place_members(members, shapes, plan_settings(config, num_replicas)))
+
+
+def synthetic_inputs(plan: StepPlan, config: RunConfig, groups: Groups) -> RankInputs:
+    """This rank's inputs for `plan`: random token ids, about 60 % of the text supervised, random pixels."""
+    replica = plan.replicas[groups.coordinate("dp")]
+    vocab_size = config.model.decoder.vocab_size
+    rows = [_row_tokens(row, plan.step, vocab_size) for row in replica.rows]
+    patches = [
+        np.concatenate([np.zeros((0, PATCH_VALUES), dtype=np.uint8), *own])
+        for own in _patches_by_round(replica, groups.replica_rank, plan.step)
+    ]
+    every_row = [row for share in plan.replicas for row in share.rows]
+    supervised = sum(int(_counted(_row_tokens(row, plan.step, vocab_size), row)) for row in every_row)
+    return RankInputs(plan, rows if groups.is_first_stage or groups.is_last_stage else None, patches, supervised)
+
+
+def _row_tokens(row: Row, step: int, vocab_size: int) -> RowTokens:
+    token_ids = np.zeros(row.num_tokens, dtype=np.int64)
+    supervised = np.zeros(row.num_tokens, dtype=bool)
+    for document in row.documents:
+        random = np.random.default_rng([step, document.sample])
+        own = slice(document.start, document.start + document.shape.num_tokens)
+        token_ids[own] = random.integers(0, vocab_size, document.shape.num_tokens)
+        supervised[own] = random.random(document.shape.num_tokens) < 0.6
+        for start, segment in zip(document.shape.visual_starts(), document.shape.segments):
+            supervised[document.start + start : document.start + start + segment.grid.num_tokens] = False
+    return RowTokens(token_ids, supervised)
+
+
+def _counted(tokens: RowTokens, row: Row) -> int:
+    """Supervised tokens that are somebody's label: a document's first token is nobody's."""
+    starts = row.cu_seqlens[:-1]
+    return tokens.supervised.sum() - tokens.supervised[starts].sum()
+
+
+def _patches_by_round(replica: ReplicaPlan, encoder: int, step: int) -> list[list[np.ndarray]]:
+    rounds: list[list[np.ndarray]] = [[] for _ in range(replica.num_rounds)]
+    for task in replica.tasks:
+        if task.encoder == encoder:
+            document = replica.rows[task.microbatch].documents[task.document]
+            grid = document.shape.segments[task.segment].grid
+            random = np.random.default_rng([step, document.sample, task.segment])
+            rounds[task.round].append(random.integers(0, 256, (grid.num_patches, PATCH_VALUES), dtype=np.uint8))
+    return rounds
