@@ -1,0 +1,65 @@
+# Everything from a fresh clone: `make train` and `make test` set up .venv first. `make` alone explains.
+SHELL := /bin/bash
+VENV := .venv
+BIN := $(VENV)/bin
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+N ?= 2
+TORCH := torch==2.13.0
+CPU_INDEX := https://download.pytorch.org/whl/cpu
+STAMP := $(VENV)/.complete
+export OMP_NUM_THREADS ?= 1
+
+.PHONY: help setup data train train-long test lint smoke clean
+
+help:
+	@echo "make train       set up, make the demo data, train the debug-size Keye-VL-1.5 on N=$(N) processes, evaluate (10 minutes)"
+	@echo "make train-long  the same model trained longer (45 minutes)"
+	@echo "make test        set up, then the CPU tests (15 minutes)"
+	@echo "make smoke       layouts, training, resume and scoring on two GPUs or two CPU processes (10 minutes)"
+	@echo "make lint        ruff over the code, shellcheck over the launchers where it is installed"
+	@echo "make setup       only the virtual environment $(VENV), with the versions in constraints.txt"
+	@echo "make data        only the demo data in data/demo"
+	@echo "make clean       remove $(VENV), the demo data and its runs"
+	@echo
+	@echo "again:   the same command goes on where a run was interrupted; a complete one says so"
+	@echo "watch:   $(BIN)/tensorboard --logdir runs        stop: touch runs/debug/STOP"
+	@echo "change:  launch/local.sh -n 2 debug --run-dir runs/mine --set optimizer.lr=5e-4"
+	@echo "learn:   $(BIN)/keye --help"
+
+setup: $(STAMP)
+
+# On a machine without a GPU the CPU build of torch comes first: the default one brings gigabytes of CUDA libraries.
+$(STAMP): setup.py constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@if ! command -v nvidia-smi >/dev/null; then \
+		echo "no GPU here: installing the CPU build of $(TORCH)"; \
+		$(BIN)/pip install -q "$(TORCH)+cpu" 2>/dev/null \
+		|| $(BIN)/pip install -q "$(TORCH)+cpu" --index-url $(CPU_INDEX) \
+		|| echo "found no CPU build: taking the default one"; \
+	fi
+	$(BIN)/pip install -q -e '.[dev]' -c constraints.txt
+	touch $@
+
+data: setup
+	$(BIN)/python data_tools/make_demo_data.py data/demo
+
+train: data
+	launch/local.sh -n $(N) debug --run-dir runs/debug
+	$(BIN)/keye eval --run-dir runs/debug
+
+train-long: data
+	launch/local.sh -n $(N) debug_long --run-dir runs/debug_long
+	$(BIN)/keye eval --run-dir runs/debug_long
+
+test: setup
+	$(BIN)/python -m pytest -q -n $(N) --dist worksteal -m "not gpu and not slow" tests/unit tests/dist
+
+smoke: data
+	launch/smoke_2gpu.sh
+
+lint: setup
+	$(BIN)/ruff check .
+	@if command -v shellcheck >/dev/null; then shellcheck launch/*.sh .ci/run; else echo "shellcheck is not installed: launchers not checked"; fi
+
+clean:
+	rm -rf $(VENV) data/demo runs/debug runs/debug_long build *.egg-info
