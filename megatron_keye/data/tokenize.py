@@ -66,7 +66,7 @@ def tokenize(record: Record, items: Sequence[ItemLayout], tokenizer: KeyeTokeniz
             item = items[piece.item]
             placeholder = tokenizer.specials.image_pad if item.kind == "image" else tokenizer.specials.video_pad
             between = media_structure(item, tokenizer, variant)
-            for ids, grid in zip(between, item.grids):
+            for ids, grid in zip(between[:-1], item.grids, strict=True):
                 writer.text(ids)
                 writer.segment(grid, item.ticks_per_frame, placeholder)
             writer.text(between[-1])

@@ -31,7 +31,7 @@ def shapes_of_single_frames(draw) -> SampleShape:
 def transformers_positions(model_class, shape: SampleShape, kind: int) -> np.ndarray:
     """Positions by `model_class.get_rope_index`, every segment an image (kind 1) or a one-frame video (kind 2)."""
     types = torch.zeros(1, shape.num_tokens, dtype=torch.int32)
-    for start, segment in zip(shape.visual_starts(), shape.segments):
+    for start, segment in zip(shape.visual_starts(), shape.segments, strict=True):
         types[0, start : start + segment.grid.num_tokens] = kind
     grid_rows = torch.tensor([[s.grid.t, s.grid.h, s.grid.w] for s in shape.segments], dtype=torch.long).reshape(-1, 3)
     names = {1: "image_grid_thw", 2: "video_grid_thw"}
@@ -60,7 +60,7 @@ def clip(grid: tuple[int, int, int], ticks_per_frame: float, before: int, after:
     return SampleShape(before + segment.grid.num_tokens + after, (segment,))
 
 
-@pytest.mark.parametrize("ticks_per_frame, last_id", [(1.0, 17), (2.0, 18)])
+@pytest.mark.parametrize(("ticks_per_frame", "last_id"), [(1.0, 17), (2.0, 18)])
 def test_preview_clip_has_the_last_id_of_the_released_code(ticks_per_frame, last_id):
     # 4 text tokens, vision start, grid (4, 8, 12), vision end, 6 text tokens, at 0.5 and at 1 second per frame.
     shape = clip((4, 8, 12), ticks_per_frame, before=5, after=7)

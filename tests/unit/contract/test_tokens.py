@@ -17,7 +17,9 @@ PREVIEW_IDS = {  # the released Keye-VL-8B-Preview vocabulary
 def test_preview_needs_no_frame_tokens():
     tokens = SpecialTokens.from_vocab(PREVIEW_IDS, "keye_vl_preview")
     assert (tokens.im_start, tokens.im_end, tokens.placeholders) == (151644, 151645, (151655, 151656))
-    assert tokens.frame is None and tokens.fast_start is None and tokens.fast_end is None
+    assert tokens.frame is None
+    assert tokens.fast_start is None
+    assert tokens.fast_end is None
 
 
 def test_1_5_finds_frame_tokens_by_name_wherever_they_are():

@@ -68,7 +68,7 @@ def test_unread_fields_are_carried():
 
 
 @pytest.mark.parametrize(
-    "raw, message",
+    ("raw", "message"),
     [
         ([], "found a JSON list"),
         ({"messages": []}, "found id None"),
@@ -100,4 +100,5 @@ def test_unread_fields_are_carried():
 def test_a_bad_record_is_named_with_place_and_finding(raw, message):
     with pytest.raises(DataError) as error:
         parse_record(raw, "data.jsonl:3")
-    assert message in str(error.value) and "data.jsonl:3" in str(error.value)
+    assert message in str(error.value)
+    assert "data.jsonl:3" in str(error.value)

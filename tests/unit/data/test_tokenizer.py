@@ -53,7 +53,7 @@ def test_tokens_that_only_the_configuration_lists_are_added(tokenizer, tokenizer
 
 
 @pytest.mark.parametrize(
-    "damage, message",
+    ("damage", "message"),
     [
         (lambda folder: (folder / "tokenizer.json").unlink(), "no tokenizer in"),
         (lambda folder: (folder / "tokenizer.json").write_text("{"), "not a readable tokenizer"),

@@ -1,0 +1,187 @@
+"""A data set as planning and loading see it: shapes from the index alone, tokens and pixels by random access."""
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import asdict
+from functools import lru_cache
+from pathlib import Path
+
+import numpy as np
+
+from megatron_keye.config.schema import DataConfig, Variant
+from megatron_keye.contract.media import SampleShape
+from megatron_keye.data.fit import Fitted, Rejected, fit, row_limit_tokens
+from megatron_keye.data.index import Index, Made, open_index
+from megatron_keye.data.indexing import made_with
+from megatron_keye.data.items import MediaRules, load_patches, media_rules, sample_frames
+from megatron_keye.data.record import Record
+from megatron_keye.data.shards import check_sha256, read_record, read_span
+from megatron_keye.data.tokenize import TokenizedSample, tokenize
+from megatron_keye.data.tokenizer import KeyeTokenizer
+from megatron_keye.errors import DataError
+
+CACHED_FITS = 65536
+TAGGING_RULES = ("min_frame_similarity", "block_similarity")
+"""Video rules that must be those of the index, as they decide which frames are fast."""
+SAMPLING_RULES = ("fps", "min_frame_tokens", "total_tokens", "max_frames")
+"""Video rules that decide which frames are taken, but may change where they take the same ones. The others set sizes only."""
+
+
+class Dataset:
+    """Samples that fit a row, numbered from 0 in index order. All methods may be called from several threads."""
+
+    def __init__(self, index: Index, tokenizer: KeyeTokenizer, rules: MediaRules, limit_tokens: int, fingerprint: str):
+        self._index = index
+        self._tokenizer = tokenizer
+        self._rules = rules
+        self._limit_tokens = limit_tokens
+        self.fingerprint = fingerprint
+        """Changes with the data, the tokenizer, and every setting that changes a sample."""
+        usable, rejected = [], []
+        for number in range(len(index)):
+            result = fit(index.facts(number), rules, limit_tokens)
+            if isinstance(result, Rejected):
+                rejected.append((index.key_and_id(number)[1], result.reason))
+            else:
+                usable.append(number)
+        self._usable = np.array(usable, dtype=np.int64)
+        self.rejected: list[tuple[str, str]] = rejected
+        """(id, reason) of the samples that do not fit."""
+        self._fit = lru_cache(CACHED_FITS)(self._fit_sample)
+
+    @classmethod
+    def open(cls, folder: str | Path, tokenizer: KeyeTokenizer, variant: Variant, data_config: DataConfig) -> "Dataset":
+        """Open the indexed shards of `folder`.
+
+        Raises DataError for a missing, damaged or outdated index, missing or truncated shards, and where no sample is usable.
+        """
+        folder = Path(folder)
+        rules = media_rules(data_config.image, data_config.video, variant)
+        index = open_index(folder)
+        _check_made(folder, index, made_with(tokenizer, rules))
+        _check_sampling(folder, index, rules)
+        limit_tokens = row_limit_tokens(data_config.seq_length_tokens, data_config.pad_multiple_tokens)
+        settings = json.dumps([index.fingerprint, asdict(rules), limit_tokens], sort_keys=True)
+        dataset = cls(index, tokenizer, rules, limit_tokens, hashlib.sha256(settings.encode()).hexdigest())
+        if not len(dataset):
+            why = f"all {len(index)} are too long, the first: {dataset.rejected[0]}" if len(index) else "its index is empty"
+            raise DataError(f"the data set at {folder} has no usable sample: {why}")
+        return dataset
+
+    def __len__(self) -> int:
+        return len(self._usable)
+
+    @property
+    def shapes(self) -> "Shapes":
+        """The shapes of all samples as a sequence, each worked out when it is asked for."""
+        return Shapes(self)
+
+    def shape(self, sample: int) -> SampleShape:
+        """Shape of a sample after it was made to fit; exactly that of its tokens."""
+        return self._fit(sample).shape
+
+    def sample_id(self, sample: int) -> str:
+        return self._index.key_and_id(self._number(sample))[1]
+
+    def task(self, sample: int) -> str | None:
+        return self._index.task(self._number(sample))
+
+    def source(self, sample: int) -> str | None:
+        return self._index.source(self._number(sample))
+
+    def answer(self, sample: int) -> str | None:
+        return self.record(sample).answer
+
+    def record(self, sample: int) -> Record:
+        """The record as it is stored. Raises DataError for a shard that cannot be read."""
+        number = self._number(sample)
+        return read_record(self._index.shard(number), self._index.record_span(number), self._index.key_and_id(number)[0])
+
+    def tokens(self, sample: int) -> TokenizedSample:
+        """Token ids and supervision flags. Raises DataError where they do not have the shape that was planned."""
+        fitted = self._fit(sample)
+        layouts = [item.layout for item in fitted.items]
+        tokenized = tokenize(self.record(sample), layouts, self._tokenizer, self._rules.variant).truncated(fitted.shape.num_tokens)
+        if tokenized.shape != fitted.shape:
+            raise DataError(
+                f"{self._place(sample)}: its record gives {tokenized.shape.num_tokens} tokens where the index promised "
+                f"{fitted.shape.num_tokens}, or other media: the shards changed; run data_tools/index_shards.py again"
+            )
+        return tokenized
+
+    def pixels(self, sample: int) -> list[np.ndarray]:
+        """uint8 [num_patches, 588] per attention segment, in order. Raises DataError for media that cannot be decoded."""
+        number = self._number(sample)
+        shard, facts, fitted = self._index.shard(number), self._index.facts(number), self._fit(sample)
+        media = self.record(sample).media if facts.items else ()
+        patches = []
+        for position, (item, resolved, span) in enumerate(zip(facts.items, fitted.items, self._index.media_spans(number), strict=True)):
+            where = f"{self._place(sample)}, medium {position}"
+            blob = read_span(shard, span)
+            check_sha256(blob, media[position], where)
+            try:
+                patches += load_patches(item, resolved, blob, self._rules.variant)
+            except DataError as error:
+                raise DataError(f"{where}: {error}") from error
+        return patches
+
+    def _number(self, sample: int) -> int:
+        """Place of a usable sample in the index."""
+        return int(self._usable[sample])
+
+    def _fit_sample(self, sample: int) -> Fitted:
+        result = fit(self._index.facts(self._number(sample)), self._rules, self._limit_tokens)
+        if isinstance(result, Rejected):
+            raise AssertionError(f"sample {sample} is listed as usable, but {result.reason}")
+        return result
+
+    def _place(self, sample: int) -> str:
+        number = self._number(sample)
+        key, record_id = self._index.key_and_id(number)
+        return f"{self._index.shard(number)}:{key}, record {record_id}"
+
+
+class Shapes(Sequence[SampleShape]):
+    """The shapes of a data set, as planning reads them."""
+
+    def __init__(self, dataset: Dataset):
+        self._dataset = dataset
+
+    def __len__(self) -> int:
+        return len(self._dataset)
+
+    def __getitem__(self, sample: int) -> SampleShape:
+        return self._dataset.shape(sample)
+
+
+def _check_made(folder: Path, index: Index, now: Made) -> None:
+    """Raises DataError where tokens, frames or pixels would not be those that were indexed."""
+    then_values, now_values = _comparable(index.made), _comparable(now)
+    changed = [f"{name} (then {then_values[name]}, now {now_values[name]})" for name in now_values if then_values[name] != now_values[name]]
+    if changed:
+        raise DataError(f"the index of {folder} was made with another {', another '.join(changed)}; run data_tools/index_shards.py again")
+
+
+def _comparable(made: Made) -> dict[str, object]:
+    values = asdict(made)
+    video = values.pop("video")
+    return values | {f"video.{name}": video[name] for name in TAGGING_RULES}
+
+
+def _check_sampling(folder: Path, index: Index, rules: MediaRules) -> None:
+    """Raises DataError where the settings would take other frames of a video than those that were indexed."""
+    now = asdict(rules.video)
+    if all(index.made.video[name] == now[name] for name in SAMPLING_RULES):
+        return
+    for number in range(len(index)):
+        for item in index.facts(number).items:
+            if item.frames is None:
+                continue
+            frames = sample_frames(item.frames.clip_frames, item.frames.clip_fps, item.options, rules)
+            if not np.array_equal(frames.numbers, item.frames.numbers):
+                raise DataError(
+                    f"the index of {folder} holds {len(item.frames.numbers)} frames of a video of record {index.key_and_id(number)[1]}, "
+                    f"but the settings take {len(frames.numbers)}; set {', '.join(f'video.{n}' for n in SAMPLING_RULES)} as they were, "
+                    "or run data_tools/index_shards.py again"
+                )

@@ -1,0 +1,279 @@
+"""The index beside the shards: tables that can be memory-mapped, and a JSON file that says what they were made with.
+
+Planning reads nothing else: text token counts, native sizes, slow-fast tags, and where every byte is.
+"""
+
+import hashlib
+import json
+import shutil
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from megatron_keye.data.fit import SampleFacts
+from megatron_keye.data.items import Frames, Item
+from megatron_keye.data.shards import Span
+from megatron_keye.errors import DataError
+
+FORMAT_VERSION = 1
+INDEX_FOLDER = "index"
+META_FILE = "index.json"
+IMAGE, VIDEO = 0, 1
+ITEM_OPTIONS = ("min_pixels", "max_pixels", "resized_height", "resized_width", "total_pixels", "fps", "max_frames")
+"""Columns of the item table for wishes of the record; 0 where it has none."""
+
+TABLES = {
+    "samples": np.dtype(
+        [
+            ("shard", "<i4"),
+            ("record_offset", "<i8"),
+            ("record_bytes", "<i8"),
+            ("name_start", "<i8"),  # of "key\nid" in the names table
+            ("name_bytes", "<i4"),
+            ("first_item", "<i8"),
+            ("num_items", "<i4"),
+            ("first_segment", "<i8"),
+            ("num_segments", "<i4"),
+            ("tail_tokens", "<i4"),
+            ("supervised_tokens", "<i4"),
+            ("first_supervised", "<i4"),  # -1 where nothing is
+            ("task", "<i4"),  # number in the list of the JSON file, -1 for none
+            ("source", "<i4"),
+        ]
+    ),
+    "items": np.dtype(
+        [
+            ("kind", "<u1"),
+            ("offset", "<i8"),
+            ("num_bytes", "<i8"),
+            ("height", "<i4"),
+            ("width", "<i4"),
+            ("first_frame", "<i8"),
+            ("num_frames", "<i4"),
+            ("rate", "<f8"),
+            ("clip_frames", "<i8"),
+            ("clip_fps", "<f8"),
+            *((name, "<f8") for name in ITEM_OPTIONS),
+        ]
+    ),
+    "gaps": np.dtype("<i4"),  # text tokens before each attention segment
+    "frames": np.dtype([("number", "<i4"), ("timestamp_s", "<f4"), ("tag", "<u1")]),
+    "names": np.dtype("<u1"),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Made:
+    """What an index was made with. It fits a run only where all of it is the same."""
+
+    variant: str
+    tokenizer: str
+    """Fingerprint."""
+    template: int
+    decoder: str
+    video: Mapping[str, Any]
+    """`VideoRules` as a dict: they decide which frames are sampled and how they are tagged."""
+
+
+@dataclass(frozen=True, slots=True)
+class SampleRow:
+    """One indexed sample, before its shard is merged into the tables."""
+
+    key: str
+    id: str
+    record: Span
+    items: tuple[Item, ...]
+    media: tuple[Span, ...]
+    gap_tokens: tuple[int, ...]
+    tail_tokens: int
+    supervised_tokens: int
+    first_supervised: int | None
+    task: str | None
+    source: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class ShardRows:
+    """Everything indexed in one shard, and the samples that could not be, as (place, reason)."""
+
+    name: str
+    num_bytes: int
+    rows: tuple[SampleRow, ...]
+    problems: tuple[tuple[str, str], ...]
+
+
+class Index:
+    """A read-only view of an index. Its arrays are memory-mapped; all methods may be called from several threads."""
+
+    def __init__(self, folder: Path, meta: dict[str, Any], tables: Mapping[str, np.ndarray]):
+        self._meta = meta
+        self._tables = tables
+        self._shards = [folder / shard["name"] for shard in meta["shards"]]
+        self.fingerprint = hashlib.sha256(json.dumps(meta, sort_keys=True).encode()).hexdigest()
+        """Over everything in the index: the JSON file holds checksums of the tables."""
+        self.made = Made(**meta["made"])
+
+    def __len__(self) -> int:
+        return len(self._tables["samples"])
+
+    def shard(self, sample: int) -> Path:
+        return self._shards[self._tables["samples"]["shard"][sample]]
+
+    def record_span(self, sample: int) -> Span:
+        row = self._tables["samples"][sample]
+        return Span(int(row["record_offset"]), int(row["record_bytes"]))
+
+    def media_spans(self, sample: int) -> list[Span]:
+        return [Span(int(item["offset"]), int(item["num_bytes"])) for item in self._item_rows(sample)]
+
+    def key_and_id(self, sample: int) -> tuple[str, str]:
+        """The sample's key in its shard and the id of its record."""
+        row = self._tables["samples"][sample]
+        start = row["name_start"]
+        key, _, record_id = self._tables["names"][start : start + row["name_bytes"]].tobytes().decode().partition("\n")
+        return key, record_id
+
+    def task(self, sample: int) -> str | None:
+        return self._listed("tasks", "task", sample)
+
+    def source(self, sample: int) -> str | None:
+        return self._listed("sources", "source", sample)
+
+    def supervised_tokens(self, sample: int) -> int:
+        return int(self._tables["samples"]["supervised_tokens"][sample])
+
+    def facts(self, sample: int) -> SampleFacts:
+        """What `fit` decides from."""
+        row = self._tables["samples"][sample]
+        first_segment, first_supervised = int(row["first_segment"]), int(row["first_supervised"])
+        gaps = self._tables["gaps"][first_segment : first_segment + int(row["num_segments"])]
+        items = tuple(self._item(item) for item in self._item_rows(sample))
+        return SampleFacts(items, tuple(gaps.tolist()), int(row["tail_tokens"]), None if first_supervised < 0 else first_supervised)
+
+    @property
+    def skipped(self) -> list[tuple[str, str]]:
+        """(place, reason) of samples in the shards that are not in the index."""
+        return [(place, reason) for place, reason in self._meta["skipped"]]
+
+    def _listed(self, names: str, column: str, sample: int) -> str | None:
+        number = int(self._tables["samples"][column][sample])
+        return None if number < 0 else self._meta[names][number]
+
+    def _item_rows(self, sample: int) -> np.ndarray:
+        row = self._tables["samples"][sample]
+        return self._tables["items"][int(row["first_item"]) : int(row["first_item"]) + int(row["num_items"])]
+
+    def _item(self, row: np.void) -> Item:
+        options = {name: float(row[name]) for name in ITEM_OPTIONS if row[name]}
+        frames = None
+        if row["kind"] == VIDEO:
+            first = int(row["first_frame"])
+            table = self._tables["frames"][first : first + int(row["num_frames"])]
+            columns = (np.ascontiguousarray(table[name]) for name in ("number", "timestamp_s", "tag"))
+            frames = Frames(*columns, float(row["rate"]), int(row["clip_frames"]), float(row["clip_fps"]))
+        return Item(int(row["height"]), int(row["width"]), options, frames)
+
+
+def open_index(folder: Path) -> Index:
+    """The index of the data set in `folder`. Raises DataError where it is absent or damaged, or a shard is missing or has
+    another length than when it was indexed."""
+    path = folder / INDEX_FOLDER
+    remedy = f"run data_tools/index_shards.py {folder}"
+    if not (path / META_FILE).is_file():
+        raise DataError(f"no index at {path}; {remedy}")
+    try:
+        meta = json.loads((path / META_FILE).read_text(encoding="utf-8"))
+        if meta["format"] != FORMAT_VERSION:
+            raise DataError(f"{path} has format {meta['format']}, expected {FORMAT_VERSION}; {remedy} again")
+        tables = {name: _open_table(path, name, meta["rows"][name]) for name in TABLES}
+        index = Index(folder, meta, tables)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise DataError(f"the index at {path} is damaged ({type(error).__name__}: {error}); {remedy} again") from error
+    for shard in meta["shards"]:
+        _check_shard(folder / shard["name"], shard["bytes"], remedy)
+    return index
+
+
+def write_index(folder: Path, made: Made, shards: list[ShardRows]) -> None:
+    """Write the index of `shards`, in this order, in place of an older one."""
+    tables, tasks, sources = _build_tables(shards)
+    partial, final = folder / f"{INDEX_FOLDER}.partial", folder / INDEX_FOLDER
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir()
+    for name, table in tables.items():
+        np.save(partial / f"{name}.npy", table, allow_pickle=False)
+    meta = {
+        "format": FORMAT_VERSION,
+        "made": asdict(made),
+        "shards": [{"name": s.name, "bytes": s.num_bytes, "samples": len(s.rows)} for s in shards],
+        "tasks": tasks,
+        "sources": sources,
+        "rows": {name: len(table) for name, table in tables.items()},
+        "sha256": {name: hashlib.sha256(table.tobytes()).hexdigest() for name, table in tables.items()},
+        "skipped": [problem for s in shards for problem in s.problems],
+    }
+    (partial / META_FILE).write_text(json.dumps(meta, indent=1, sort_keys=True), encoding="utf-8")
+    shutil.rmtree(final, ignore_errors=True)
+    partial.rename(final)
+
+
+def _build_tables(shards: list[ShardRows]) -> tuple[dict[str, np.ndarray], list[str], list[str]]:
+    """The tables, and the names of tasks and sources in order of first appearance."""
+    lists: dict[str, list] = {name: [] for name in TABLES}
+    tasks: dict[str, int] = {}
+    sources: dict[str, int] = {}
+    names = bytearray()
+    for number, shard in enumerate(shards):
+        for row in shard.rows:
+            name = f"{row.key}\n{row.id}".encode()
+            place = (number, row.record.offset, row.record.num_bytes, len(names), len(name))
+            parts = (len(lists["items"]), len(row.items), len(lists["gaps"]), len(row.gap_tokens))
+            text = (row.tail_tokens, row.supervised_tokens, -1 if row.first_supervised is None else row.first_supervised)
+            labels = (_number_of(tasks, row.task), _number_of(sources, row.source))
+            lists["samples"].append((*place, *parts, *text, *labels))
+            names += name
+            lists["gaps"].extend(row.gap_tokens)
+            for item, span in zip(row.items, row.media, strict=True):
+                lists["items"].append(_item_row(item, span, len(lists["frames"])))
+                if item.frames is not None:
+                    lists["frames"].extend(zip(item.frames.numbers, item.frames.timestamps_s, item.frames.tags, strict=True))
+    tables = {name: np.array(lists[name], dtype=dtype) for name, dtype in TABLES.items() if name != "names"}
+    tables["names"] = np.frombuffer(bytes(names), dtype=TABLES["names"])
+    return tables, list(tasks), list(sources)
+
+
+def _item_row(item: Item, span: Span, first_frame: int) -> tuple:
+    if item.frames is None:
+        clip = (first_frame, 0, 0.0, 0, 0.0)
+    else:
+        clip = (first_frame, len(item.frames.numbers), item.frames.rate, item.frames.clip_frames, item.frames.clip_fps)
+    kind = IMAGE if item.frames is None else VIDEO
+    wishes = (item.options.get(name, 0) for name in ITEM_OPTIONS)
+    return (kind, span.offset, span.num_bytes, item.height, item.width, *clip, *wishes)
+
+
+def _number_of(names: dict[str, int], name: str | None) -> int:
+    return -1 if name is None else names.setdefault(name, len(names))
+
+
+def _open_table(path: Path, name: str, num_rows: int) -> np.ndarray:
+    file = path / f"{name}.npy"
+    # An empty array cannot be memory-mapped.
+    table = np.load(file, mmap_mode="r" if num_rows else None, allow_pickle=False)
+    if table.dtype != TABLES[name] or table.shape != (num_rows,):
+        raise ValueError(f"{file} holds {table.shape} of {table.dtype}, expected {num_rows} rows of {TABLES[name]}")
+    return table
+
+
+def _check_shard(shard: Path, num_bytes: int, remedy: str) -> None:
+    if not shard.is_file():
+        raise DataError(f"{shard} is missing; restore it, or {remedy} for what is there")
+    found = shard.stat().st_size
+    if found != num_bytes:
+        raise DataError(
+            f"{shard} has {found} bytes, but had {num_bytes} when it was indexed: it is truncated or was changed; "
+            f"restore it, or {remedy} again"
+        )

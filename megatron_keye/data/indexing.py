@@ -1,0 +1,119 @@
+"""Making an index: every record tokenized, every medium looked at, once."""
+
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+
+import numpy as np
+
+from megatron_keye.config.schema import ImageConfig, Variant, VideoConfig
+from megatron_keye.data.index import Made, SampleRow, ShardRows, write_index
+from megatron_keye.data.items import Item, MediaRules, describe, media_rules, resolve
+from megatron_keye.data.media.video import DECODER_ID
+from megatron_keye.data.record import Record
+from megatron_keye.data.shards import RECORD_EXTENSION, Span, check_sha256, iter_samples, list_shards, read_record, read_span
+from megatron_keye.data.template import TEMPLATE_VERSION
+from megatron_keye.data.tokenize import TokenizedSample, tokenize
+from megatron_keye.data.tokenizer import KeyeTokenizer, load_tokenizer
+from megatron_keye.data.writing import run_jobs
+from megatron_keye.errors import DataError
+
+
+def made_with(tokenizer: KeyeTokenizer, rules: MediaRules) -> Made:
+    """What an index is made with here and now, to store in it or to compare with it."""
+    return Made(rules.variant, tokenizer.fingerprint, TEMPLATE_VERSION, DECODER_ID, asdict(rules.video))
+
+
+def index_folder(
+    folder: Path,
+    tokenizer_folder: Path,
+    variant: Variant,
+    video: VideoConfig,
+    workers: int = 1,
+    on_shard: Callable[[ShardRows], None] = lambda rows: None,
+) -> list[ShardRows]:
+    """Index all shards of `folder`; does not write. Samples that cannot be used are in the result, as problems.
+
+    Raises DataError for a folder without shards or a damaged shard, SettingsError for the tokenizer or the video settings.
+    """
+    load_tokenizer(tokenizer_folder, variant)  # its problems are reported before any work is done
+    rules = media_rules(ImageConfig(), video, variant)
+    jobs = [(shard, tokenizer_folder, rules) for shard in list_shards(folder)]
+    done = []
+    for rows in run_jobs(_index_shard, jobs, workers):
+        on_shard(rows)
+        done.append(rows)
+    return sorted(done, key=lambda rows: rows.name)
+
+
+def save_index(folder: Path, tokenizer_folder: Path, variant: Variant, video: VideoConfig, shards: list[ShardRows]) -> None:
+    """Write what `index_folder` found. Raises DataError where no sample can be used."""
+    if not any(s.rows for s in shards):
+        problems = [reason for s in shards for _, reason in s.problems]
+        why = f"; the first of {len(problems)} problems: {problems[0]}" if problems else ": the shards are empty"
+        raise DataError(f"the data set at {folder} has no usable sample{why}")
+    rules = media_rules(ImageConfig(), video, variant)
+    write_index(folder, made_with(load_tokenizer(tokenizer_folder, variant), rules), shards)
+
+
+def _index_shard(shard: Path, tokenizer_folder: Path, rules: MediaRules) -> ShardRows:
+    tokenizer = load_tokenizer(tokenizer_folder, rules.variant)
+    rows, problems = [], []
+    for key, members in iter_samples(shard):
+        place = f"{shard.name}:{key}"
+        try:
+            rows.append(_index_sample(shard, key, members, tokenizer, rules))
+        except DataError as error:
+            text = str(error)
+            problems.append((place, text if text.startswith(place) else f"{place}: {text}"))
+    return ShardRows(shard.name, shard.stat().st_size, tuple(rows), tuple(problems))
+
+
+def _index_sample(shard: Path, key: str, members: dict[str, Span], tokenizer: KeyeTokenizer, rules: MediaRules) -> SampleRow:
+    if RECORD_EXTENSION not in members:
+        raise DataError(f"{shard.name}:{key}: found only {sorted(members)}, expected a .{RECORD_EXTENSION} member with the record")
+    record = read_record(shard, members[RECORD_EXTENSION], key)
+    items, spans = _describe_media(shard, f"{shard.name}:{key}, record {record.id}", record, members, rules)
+    sample = tokenize(record, [resolve(item, rules).layout for item in items], tokenizer, rules.variant)
+    shape = sample.shape
+    return SampleRow(
+        key=key,
+        id=record.id,
+        record=members[RECORD_EXTENSION],
+        items=items,
+        media=spans,
+        gap_tokens=tuple(s.gap_tokens for s in shape.segments),
+        tail_tokens=shape.num_tokens - shape.num_visual_tokens - sum(s.gap_tokens for s in shape.segments),
+        supervised_tokens=int(sample.supervised.sum()),
+        first_supervised=_first_supervised(sample),
+        task=record.task,
+        source=record.source,
+    )
+
+
+def _describe_media(
+    shard: Path, where: str, record: Record, members: dict[str, Span], rules: MediaRules
+) -> tuple[tuple[Item, ...], tuple[Span, ...]]:
+    items, spans = [], []
+    for number, media in enumerate(record.media):
+        if media.origin != "member" or media.address not in members:
+            raise DataError(f"{where}: found {media.kind} {media.address:.80}, expected one of the members {sorted(members)}")
+        span = members[media.address]
+        blob = read_span(shard, span)
+        check_sha256(blob, media, where)
+        try:
+            items.append(describe(media.kind, blob, media.options, rules))
+        except DataError as error:
+            raise DataError(f"{where}, {media.kind} {number}: {error}") from error
+        spans.append(span)
+    return tuple(items), tuple(spans)
+
+
+def _first_supervised(sample: TokenizedSample) -> int | None:
+    """Text tokens before the first supervised one."""
+    positions = np.flatnonzero(sample.supervised)
+    if not len(positions):
+        return None
+    starts = sample.shape.visual_starts()
+    visual = sum(s.grid.num_tokens for s, start in zip(sample.shape.segments, starts, strict=True) if start < positions[0])
+    return int(positions[0]) - visual

@@ -1,0 +1,197 @@
+"""One image or video of a sample: what its bytes say, which sizes the rules give it, and its patches.
+
+`describe` reads bytes, once, when a set is indexed. `resolve` is arithmetic on that description, so planning needs no bytes.
+`load_patches` makes the pixels that the resolved sizes promise.
+"""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+
+from megatron_keye.config.schema import ImageConfig, Variant, VideoConfig
+from megatron_keye.contract.media import PATCH_PIXELS, PatchGrid
+from megatron_keye.data.media import preview_video, slow_fast
+from megatron_keye.data.media.image import image_dimensions, read_image, resize_image
+from megatron_keye.data.media.patches import patchify
+from megatron_keye.data.media.resize import PREVIEW_PROCESSOR, TOKEN_AREA, PixelLimits, Size, resize_steps
+from megatron_keye.data.media.rules import VideoRules, video_rules
+from megatron_keye.data.media.video import decode_frames, iter_frames, probe
+from megatron_keye.data.tokenize import ItemLayout
+from megatron_keye.errors import DataError
+
+TOKENS_PER_SECOND = 2.0
+"""Ids by which the temporal M-RoPE position of a Preview clip moves in one second."""
+
+
+@dataclass(frozen=True, slots=True)
+class MediaRules:
+    """Everything about media that the settings decide. Limits are in visual tokens."""
+
+    variant: Variant
+    image_min_tokens: int
+    image_max_tokens: int
+    video: VideoRules
+    processor: PixelLimits = PREVIEW_PROCESSOR
+    """Limits of the second resize of Preview; Keye-VL-1.5 has none."""
+
+
+@dataclass(frozen=True, slots=True)
+class Frames:
+    """The sampled frames of a video: int32 [n] numbers, float32 [n] seconds, uint8 [n] tags (1 is fast), and the clip they
+    are from. `rate` is sampled frames per second of video."""
+
+    numbers: np.ndarray
+    timestamps_s: np.ndarray
+    tags: np.ndarray
+    rate: float
+    clip_frames: int
+    clip_fps: float
+
+
+@dataclass(frozen=True, slots=True)
+class Item:
+    """An image or video as it is stored: native size in pixels and the limits that the record asks for."""
+
+    height: int
+    width: int
+    options: Mapping[str, float] = field(default_factory=dict)
+    frames: Frames | None = None
+    """None for an image."""
+
+    @property
+    def num_segments(self) -> int:
+        return 1 if self.frames is None else len(self.frames.numbers)
+
+
+@dataclass(frozen=True, slots=True)
+class Resolved:
+    """An item with settled sizes. `sizes` are those its pixels pass through: the steps of an image or a Preview clip, or
+    (slow, fast) of a Keye-VL-1.5 video."""
+
+    layout: ItemLayout
+    sizes: tuple[Size, ...]
+
+
+def media_rules(image: ImageConfig, video: VideoConfig, variant: Variant) -> MediaRules:
+    return MediaRules(variant, image.min_tokens, image.max_tokens, video_rules(video, variant))
+
+
+def describe(kind: str, blob: bytes, options: Mapping[str, float], rules: MediaRules) -> Item:
+    """Read what planning needs from an encoded image or video; decodes the sampled frames of a Keye-VL-1.5 video.
+
+    Raises DataError for bytes that cannot be decoded.
+    """
+    if kind == "image":
+        return Item(*image_dimensions(blob), options)
+    info = probe(blob)
+    frames = sample_frames(info.num_frames, info.fps, options, rules)
+    if rules.variant == "keye_vl_1_5":
+        tags = slow_fast.frame_tags(iter_frames(blob, frames.numbers), _video_rules(options, rules))
+        frames = replace(frames, tags=tags)
+    return Item(info.height, info.width, options, frames)
+
+
+def sample_frames(clip_frames: int, clip_fps: float, options: Mapping[str, float], rules: MediaRules) -> Frames:
+    """Which frames of a clip the rules take, all tagged slow."""
+    video = _video_rules(options, rules)
+    if rules.variant == "keye_vl_1_5":
+        numbers, timestamps_s = slow_fast.sample_indices(clip_frames, clip_fps, video, _pixels(options, "min_pixels"))
+        rate = len(numbers) / clip_frames * clip_fps
+    else:
+        numbers, rate = preview_video.sample_indices(clip_frames, clip_fps, video)
+        timestamps_s = (numbers / clip_fps).astype(np.float32)
+    return Frames(numbers.astype(np.int32), timestamps_s, np.zeros(len(numbers), dtype=np.uint8), rate, clip_frames, clip_fps)
+
+
+def resolve(item: Item, rules: MediaRules, max_tokens: int | None = None) -> Resolved:
+    """Sizes of `item` under the rules; `max_tokens`, where given, also bounds the visual tokens of the whole item.
+
+    The bound is met as far as the smallest sizes of the rules allow. Raises DataError for an aspect ratio above 200.
+    """
+    if item.frames is None:
+        return _resolve_image(item, rules, max_tokens)
+    if rules.variant == "keye_vl_1_5":
+        return _resolve_slow_fast(item, item.frames, rules, max_tokens)
+    return _resolve_clip(item, item.frames, rules, max_tokens)
+
+
+def load_patches(item: Item, resolved: Resolved, blob: bytes, variant: Variant) -> list[np.ndarray]:
+    """uint8 [num_patches, 588] per attention segment of the item, in order. Raises DataError for bytes that cannot be
+    decoded or are not those that were described."""
+    if item.frames is None:
+        image = read_image(blob, variant)
+        _expect_size(image.shape[:2], item)
+        return [patchify(resize_image(image, resolved.sizes)[None])]
+    if variant == "keye_vl_1_5":
+        return list(_slow_fast_patches(item, item.frames, resolved, blob))
+    frames = decode_frames(blob, item.frames.numbers)
+    _expect_size(frames.shape[1:3], item)
+    return [patchify(preview_video.resize_frames(frames, resolved.sizes))]
+
+
+def _resolve_image(item: Item, rules: MediaRules, max_tokens: int | None) -> Resolved:
+    most = rules.image_max_tokens if max_tokens is None else min(max_tokens, rules.image_max_tokens)
+    limits = {name: int(value) for name, value in item.options.items()}
+    steps = resize_steps(
+        item.height, item.width, rules.variant, rules.image_min_tokens, most, processor=rules.processor, **limits
+    )
+    return Resolved(ItemLayout("image", (_grid(1, steps[-1]),)), steps)
+
+
+def _resolve_slow_fast(item: Item, frames: Frames, rules: MediaRules, max_tokens: int | None) -> Resolved:
+    video = _video_rules(item.options, rules)
+    budget = video.total_tokens if max_tokens is None else min(max_tokens, video.total_tokens)
+    least, most = _pixels(item.options, "min_pixels"), _pixels(item.options, "max_pixels")
+    sizes = slow_fast.video_sizes(frames.tags, item.height, item.width, video, least, most, budget)
+    slow, fast = _grid(1, sizes.slow), _grid(1, sizes.fast)
+    fast_flags = tuple(bool(tag) for tag in frames.tags)
+    grids = tuple(fast if is_fast else slow for is_fast in fast_flags)
+    return Resolved(ItemLayout("video", grids, fast_flags, tuple(frames.timestamps_s.tolist())), (sizes.slow, sizes.fast))
+
+
+def _resolve_clip(item: Item, frames: Frames, rules: MediaRules, max_tokens: int | None) -> Resolved:
+    num_frames = len(frames.numbers)
+    least, most = _pixels(item.options, "min_pixels"), _pixels(item.options, "max_pixels")
+    if max_tokens is not None:
+        bound = max(max_tokens // num_frames * TOKEN_AREA, rules.video.min_frame_tokens * TOKEN_AREA)
+        most = bound if most is None else min(most, bound)
+    video = _video_rules(item.options, rules)
+    steps = preview_video.frame_steps(item.height, item.width, num_frames, video, least, most, processor=rules.processor)
+    ticks_per_frame = TOKENS_PER_SECOND / frames.rate
+    return Resolved(ItemLayout("video", (_grid(num_frames, steps[-1]),), ticks_per_frame=ticks_per_frame), steps)
+
+
+def _slow_fast_patches(item: Item, frames: Frames, resolved: Resolved, blob: bytes) -> Iterator[np.ndarray]:
+    for tag, frame in zip(frames.tags, iter_frames(blob, frames.numbers), strict=True):
+        _expect_size(frame.shape[:2], item)
+        yield patchify(slow_fast.resize_frames(frame[None], resolved.sizes[tag]))
+
+
+def _video_rules(options: Mapping[str, float], rules: MediaRules) -> VideoRules:
+    """The rules with the wishes of one record in their place."""
+    wishes: dict[str, float] = {}
+    if "fps" in options:
+        wishes["fps"] = options["fps"]
+    if "max_frames" in options:
+        wishes["max_frames"] = min(int(options["max_frames"]), rules.video.max_frames or int(options["max_frames"]))
+    if "total_pixels" in options:
+        wishes["total_tokens"] = min(int(options["total_pixels"]) // TOKEN_AREA, rules.video.total_tokens)
+    return replace(rules.video, **wishes)
+
+
+def _pixels(options: Mapping[str, float], name: str) -> int | None:
+    return int(options[name]) if name in options else None
+
+
+def _grid(num_frames: int, size: Size) -> PatchGrid:
+    height, width = size
+    return PatchGrid(num_frames, height // PATCH_PIXELS, width // PATCH_PIXELS)
+
+
+def _expect_size(found: Size, item: Item) -> None:
+    if tuple(found) != (item.height, item.width):
+        raise DataError(
+            f"found pixels of {found[0]}x{found[1]}, but the index says {item.height}x{item.width}: "
+            "the media changed after they were indexed; run index_shards again"
+        )
