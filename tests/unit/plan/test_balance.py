@@ -89,6 +89,11 @@ def test_equal_vectors_are_spread_evenly():
     assert place_vectors([(7, 0, 1)], 3) == [0]
 
 
+def test_one_item_may_be_all_of_its_kind():
+    """The largest load that there can be is still compared rightly."""
+    assert place_vectors([(8, 0), (0, 4), (0, 4)], 2) == [0, 1, 1]
+
+
 grids = st.builds(PatchGrid, st.just(1), st.sampled_from([2, 4, 8, 16]), st.sampled_from([2, 4, 6]))
 documents = st.lists(st.lists(grids, max_size=5), max_size=4)
 

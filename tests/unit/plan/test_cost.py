@@ -15,7 +15,7 @@ from megatron_keye.plan.cost import CostModel, cost_model
 
 VISION = VisionConfig(hidden_size=24, num_layers=3, num_heads=4, ffn_hidden_size=40)
 DECODER = DecoderConfig(
-    num_layers=3, hidden_size=32, num_heads=4, num_kv_groups=2, head_dim=16, ffn_hidden_size=48, vocab_size=70, mrope_section=(2, 3, 3)
+    num_layers=3, hidden_size=32, num_heads=4, num_kv_groups=1, head_dim=16, ffn_hidden_size=48, vocab_size=70, mrope_section=(2, 3, 3)
 )
 
 

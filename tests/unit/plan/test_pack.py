@@ -1,6 +1,7 @@
 """Rows are within limits, hold every sample once, are few, and cost about the same."""
 
-from itertools import product
+import itertools
+import random
 
 import pytest
 from hypothesis import given
@@ -12,10 +13,10 @@ from megatron_keye.plan.pack import Item, best_fit_decreasing, pack_rows, round_
 SEQ, PAD = 64, 4
 
 
-def items_of(lengths):
+def items_of(lengths, pad=PAD):
     """One item per length; a token costs more the longer its document is."""
     return [
-        Item(slot, 100 + slot, SampleShape(n), round_up(n, PAD), decoder_cost=n * (10 + n), vision_cost=0) for slot, n in enumerate(lengths)
+        Item(slot, 100 + slot, SampleShape(n), round_up(n, pad), decoder_cost=n * (10 + n), vision_cost=0) for slot, n in enumerate(lengths)
     ]
 
 
@@ -32,7 +33,7 @@ def next_fit(sizes, capacity):
 def fewest_bins(sizes, capacity):
     """By trying every assignment."""
     for num_bins in range(1, len(sizes) + 1):
-        for bins in product(range(num_bins), repeat=len(sizes)):
+        for bins in itertools.product(range(num_bins), repeat=len(sizes)):
             if all(sum(s for s, b in zip(sizes, bins, strict=True) if b == k) <= capacity for k in range(num_bins)):
                 return num_bins
     return 0
@@ -49,23 +50,36 @@ def test_round_up_is_the_next_multiple_and_never_zero(value, multiple):
 lengths = st.lists(st.integers(0, SEQ), max_size=40)
 
 
-@given(lengths, st.integers(0, 5))
-def test_rows_hold_every_item_once_within_limits(lengths, spare_rows):
-    items = items_of(lengths)
+@given(lengths, st.integers(0, 5), st.sampled_from([1, 4]))
+def test_rows_hold_every_item_once_within_limits(lengths, spare_rows, pad):
+    items = items_of(lengths, pad)
     num_rows = rows_needed(items, SEQ) + spare_rows
-    rows = pack_rows(items, num_rows, SEQ, PAD)
+    rows = pack_rows(items, num_rows, SEQ, pad)
     assert len(rows) == num_rows
     assert sorted(d.sample for row in rows for d in row.documents) == [item.sample for item in items]
     for row in rows:
         assert row.num_tokens == sum(d.padded_tokens for d in row.documents) or not row.documents
-        assert PAD <= row.num_tokens <= SEQ
+        assert pad <= row.num_tokens <= SEQ
         assert [d.start for d in row.documents] == row.cu_seqlens[:-1] or not row.documents
         assert row.cu_seqlens == sorted(set(row.cu_seqlens))
         assert row.cu_seqlens[-1] == row.num_tokens
         assert [d.sample for d in row.documents] == sorted(d.sample for d in row.documents)
         for document in row.documents:
-            assert document.padded_tokens % PAD == 0
+            assert document.padded_tokens % pad == 0
             assert document.padded_tokens >= document.shape.num_tokens
+
+
+@pytest.mark.parametrize("seed", range(100))
+def test_rows_that_must_be_full_are_not_overfull(seed):
+    """Documents cut from whole rows, so that one token too many in a row would be easy to gain."""
+    rng = random.Random(seed)
+    lengths = []
+    for _ in range(4):
+        cuts = sorted(rng.sample(range(1, SEQ), rng.randint(0, 3)))
+        lengths += [end - start for start, end in itertools.pairwise([0, *cuts, SEQ])]
+    items = items_of(lengths, pad=1)
+    rows = pack_rows(items, rows_needed(items, SEQ), SEQ, 1)
+    assert max(row.num_tokens for row in rows) <= SEQ
 
 
 @given(lengths)
