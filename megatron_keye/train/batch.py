@@ -3,11 +3,11 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from megatron_keye.config.schema import RunConfig
+from megatron_keye.contract.rows import RowTokens, next_tokens
 from megatron_keye.model.decoder_config import PRECISION
 from megatron_keye.model.encode import EncodeRound
 from megatron_keye.model.packed import PackedRow, pack_row
@@ -19,22 +19,13 @@ from megatron_keye.plan.types import ReplicaPlan, Row, StepPlan
 
 
 @dataclass(frozen=True)
-class RowTokens:
-    """The text side of a packed row: `token_ids` int64 [row tokens] (padding included) and `supervised` bool [row tokens],
-    true where the token is one that the model must predict."""
-
-    token_ids: np.ndarray
-    supervised: np.ndarray
-
-
-@dataclass(frozen=True)
 class RankInputs:
     """What reached this rank for one step: its replica's rows (on the pipeline's first and last stage, else None), the uint8
     patches [num_patches, 588] of each of its encode rounds, and the supervised tokens of the whole world."""
 
     plan: StepPlan
     rows: Sequence[RowTokens] | None
-    patches: Sequence[np.ndarray]
+    patches: Sequence[torch.Tensor]
     num_supervised: int
 
 
@@ -70,7 +61,7 @@ def make_batch(inputs: RankInputs, config: RunConfig, groups: Groups, device: to
     )
     grids = encoder_grids(replica, groups.replica_rank)
     rounds = tuple(
-        EncodeRound(torch.from_numpy(patches).to(device), tuple(own)) for patches, own in zip(inputs.patches, grids, strict=True)
+        EncodeRound(patches.to(device), tuple(own)) for patches, own in zip(inputs.patches, grids, strict=True)
     )
     return StepBatch(microbatches, rounds, route, inputs.num_supervised)
 
@@ -101,11 +92,3 @@ def _microbatch(row: Row, tokens: RowTokens | None, places, config: RunConfig, g
         labels = torch.from_numpy(next_token[mine]).to(device)
         weights = torch.from_numpy(is_supervised[mine]).to(device)
     return Microbatch(packed, token_ids, labels, weights, torch.from_numpy(places).to(device))
-
-
-def next_tokens(tokens: RowTokens, cu_seqlens: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
-    """The label of every token, which is the next one of its document, and whether it is supervised; both [row tokens]."""
-    labels = np.roll(tokens.token_ids, -1)
-    supervised = np.roll(tokens.supervised, -1)
-    supervised[np.asarray(cu_seqlens[1:]) - 1] = False
-    return labels, supervised

@@ -6,13 +6,15 @@ Used to verify layouts and to measure steps. Everything follows from the sample'
 from collections.abc import Sequence
 
 import numpy as np
+import torch
 
 from megatron_keye.config.schema import RunConfig, Variant
 from megatron_keye.contract.media import PATCH_VALUES, PatchGrid, SampleShape, Segment
+from megatron_keye.contract.rows import RowTokens, num_supervised
 from megatron_keye.parallel.groups import Groups
 from megatron_keye.plan.step import place_members
 from megatron_keye.plan.types import ReplicaPlan, Row, StepPlan
-from megatron_keye.train.batch import RankInputs, RowTokens
+from megatron_keye.train.batch import RankInputs
 from megatron_keye.train.placement import plan_settings
 
 PROOF_STEPS = 2
@@ -59,11 +61,11 @@ def synthetic_inputs(plan: StepPlan, config: RunConfig, groups: Groups) -> RankI
     vocab_size = config.model.decoder.vocab_size
     rows = [_row_tokens(row, plan.step, vocab_size) for row in replica.rows]
     patches = [
-        np.concatenate([np.zeros((0, PATCH_VALUES), dtype=np.uint8), *own])
+        torch.from_numpy(np.concatenate([np.zeros((0, PATCH_VALUES), dtype=np.uint8), *own]))
         for own in _patches_by_round(replica, groups.replica_rank, plan.step)
     ]
     every_row = [row for share in plan.replicas for row in share.rows]
-    supervised = sum(int(_counted(_row_tokens(row, plan.step, vocab_size), row)) for row in every_row)
+    supervised = sum(num_supervised(_row_tokens(row, plan.step, vocab_size), row.cu_seqlens) for row in every_row)
     return RankInputs(plan, rows if groups.is_first_stage or groups.is_last_stage else None, patches, supervised)
 
 
@@ -78,12 +80,6 @@ def _row_tokens(row: Row, step: int, vocab_size: int) -> RowTokens:
         for start, segment in zip(document.shape.visual_starts(), document.shape.segments):
             supervised[document.start + start : document.start + start + segment.grid.num_tokens] = False
     return RowTokens(token_ids, supervised)
-
-
-def _counted(tokens: RowTokens, row: Row) -> int:
-    """Supervised tokens that are somebody's label: a document's first token is nobody's."""
-    starts = row.cu_seqlens[:-1]
-    return tokens.supervised.sum() - tokens.supervised[starts].sum()
 
 
 def _patches_by_round(replica: ReplicaPlan, encoder: int, step: int) -> list[list[np.ndarray]]:

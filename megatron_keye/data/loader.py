@@ -1,0 +1,105 @@
+"""Loading one replica's part of a step. Only the replica's leader has a loader; other ranks neither open nor decode anything.
+
+1. `load` reads and decodes every document of the replica's plan in a pool of threads.
+2. Token ids and supervision are packed into rows, in the places that the plan gives.
+3. Pixels are grouped by the rank and round that will encode them.
+"""
+
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
+import numpy as np
+
+from megatron_keye.contract.media import PATCH_VALUES, SampleShape
+from megatron_keye.contract.rows import RowTokens
+from megatron_keye.data.dataset import Dataset
+from megatron_keye.data.tokenize import TokenizedSample
+from megatron_keye.errors import DataError
+from megatron_keye.plan.types import EncodeTask, ReplicaPlan, Row
+
+
+@dataclass(frozen=True)
+class SkippedSample:
+    """A sample whose slot stays in the plan, empty and unsupervised, because it could not be read."""
+
+    sample_id: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class ReplicaData:
+    """`rows[microbatch]`, and `patches[(encoder, round)]`: uint8 [num_patches, 588] of each of that round's segments."""
+
+    rows: list[RowTokens]
+    patches: dict[tuple[int, int], list[np.ndarray]]
+    skipped: list[SkippedSample]
+
+
+class ReplicaLoader:
+    """Reads documents of `dataset` with `threads` threads. `skip_bad` turns a DataError into an empty slot."""
+
+    def __init__(self, dataset: Dataset, *, pad_id: int, threads: int, skip_bad: bool):
+        self._dataset = dataset
+        self._pad_id = pad_id
+        self._pool = ThreadPoolExecutor(threads, thread_name_prefix="decode")
+        self._skip_bad = skip_bad
+
+    def load(self, plan: ReplicaPlan) -> ReplicaData:
+        """Everything the replica needs for one step. Raises DataError for a sample that cannot be read, unless it is skipped."""
+        documents = [(document.sample, document.shape) for row in plan.rows for document in row.documents]
+        loaded = dict(zip([sample for sample, _ in documents], self._pool.map(lambda d: self._read(*d), documents)))
+        rows = [self._row(row, loaded) for row in plan.rows]
+        patches: dict[tuple[int, int], list[np.ndarray]] = {}
+        for task in plan.tasks:
+            patches.setdefault((task.encoder, task.round), []).append(self._patches_of(task, plan, loaded))
+        skipped = [result for result in loaded.values() if isinstance(result, SkippedSample)]
+        return ReplicaData(rows, patches, skipped)
+
+    def close(self) -> None:
+        self._pool.shutdown(wait=True, cancel_futures=True)
+
+    def _read(self, sample: int, shape: SampleShape) -> tuple[TokenizedSample, list[np.ndarray]] | SkippedSample:
+        try:
+            return self._dataset.tokens(sample), self._dataset.pixels(sample)
+        except DataError as error:
+            if not self._skip_bad:
+                raise
+            return SkippedSample(self._dataset.sample_id(sample), str(error))
+
+    def _row(self, row: Row, loaded: dict) -> RowTokens:
+        token_ids = np.full(row.num_tokens, self._pad_id, dtype=np.int64)
+        supervised = np.zeros(row.num_tokens, dtype=bool)
+        for document in row.documents:
+            result = loaded[document.sample]
+            if not isinstance(result, SkippedSample):
+                own = slice(document.start, document.start + document.shape.num_tokens)
+                token_ids[own], supervised[own] = result[0].token_ids, result[0].supervised
+        return RowTokens(token_ids, supervised)
+
+    def _patches_of(self, task: EncodeTask, plan: ReplicaPlan, loaded: dict) -> np.ndarray:
+        document = plan.rows[task.microbatch].documents[task.document]
+        result = loaded[document.sample]
+        if isinstance(result, SkippedSample):
+            return np.zeros((document.shape.segments[task.segment].grid.num_patches, PATCH_VALUES), dtype=np.uint8)
+        return result[1][task.segment]
+
+
+def replica_pixel_bytes(plan: ReplicaPlan) -> int:
+    """Bytes of uint8 pixels that `load` decodes for this plan."""
+    return sum(document.shape.num_patches * PATCH_VALUES for row in plan.rows for document in row.documents)
+
+
+def patch_counts(plan: ReplicaPlan, num_ranks: int) -> list[list[int]]:
+    """Patches of each rank of the replica, per round: [num_ranks][num_rounds]."""
+    counts = [[0] * plan.num_rounds for _ in range(num_ranks)]
+    for task in plan.tasks:
+        document = plan.rows[task.microbatch].documents[task.document]
+        counts[task.encoder][task.round] += document.shape.segments[task.segment].grid.num_patches
+    return counts
+
+
+def stack_patches(patches: dict[tuple[int, int], list[np.ndarray]], counts: Sequence[Sequence[int]]) -> np.ndarray:
+    """All patches by (rank, round), as one uint8 array [sum of counts, 588], ready to be scattered."""
+    ordered = [p for rank, rounds in enumerate(counts) for number in range(len(rounds)) for p in patches.get((rank, number), [])]
+    return np.concatenate([np.zeros((0, PATCH_VALUES), dtype=np.uint8), *ordered])
