@@ -1,0 +1,65 @@
+"""Images: bytes to uint8 pixels with the released code's own decoder and kernel, Pillow."""
+
+from io import BytesIO
+
+import numpy as np
+from PIL import Image
+
+from megatron_keye.config.schema import Variant
+from megatron_keye.data.media.blobs import describe_blob
+from megatron_keye.data.media.resize import Size
+from megatron_keye.errors import DataError
+
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF", "JPEG2000")
+"""Formats that Pillow decodes by itself. Others, such as EPS, start programs of the machine on the file's content."""
+
+
+def image_dimensions(blob: bytes) -> Size:
+    """(height, width) of the stored pixels, from the header alone. Raises DataError where it cannot be read."""
+    with _open(blob) as picture:
+        return picture.height, picture.width
+
+
+def read_image(blob: bytes, variant: Variant) -> np.ndarray:
+    """uint8 [H, W, 3] RGB pixels as stored: EXIF orientation is not applied, of an animation the first frame is taken.
+
+    Preview lays RGBA pictures on white, 1.5 drops the alpha channel; both as released.
+    Raises DataError for bytes that are no image, a damaged one, or one above Pillow's limit of pixels.
+    """
+    with _open(blob) as picture:
+        try:
+            picture.load()
+        # A damaged file makes decoders raise nearly anything, such as SyntaxError, struct.error or zlib.error.
+        except Exception as error:
+            raise _unreadable(blob, error) from error
+        return np.array(_to_rgb(picture, variant))
+
+
+def resize_image(image: np.ndarray, sizes: tuple[Size, ...]) -> np.ndarray:
+    """uint8 [H, W, 3] to uint8 [h, w, 3], through every (height, width) of `sizes` in turn, by Pillow's bicubic filter."""
+    picture = Image.fromarray(image)
+    for height, width in sizes:
+        picture = picture.resize((width, height), Image.Resampling.BICUBIC)
+    return np.array(picture)
+
+
+def _open(blob: bytes) -> Image.Image:
+    try:
+        return Image.open(BytesIO(blob), formats=FORMATS)
+    except Exception as error:  # as above, while the header is parsed
+        raise _unreadable(blob, error) from error
+
+
+def _to_rgb(picture: Image.Image, variant: Variant) -> Image.Image:
+    if variant == "keye_vl_preview" and picture.mode == "RGBA":
+        white = Image.new("RGB", picture.size, (255, 255, 255))
+        white.paste(picture, mask=picture.getchannel("A"))
+        return white
+    return picture.convert("RGB")
+
+
+def _unreadable(blob: bytes, error: Exception) -> DataError:
+    return DataError(
+        f"cannot decode an image: found {describe_blob(blob)} ({type(error).__name__}: {error}); expected a whole file in one of "
+        f"{', '.join(FORMATS)}: restore or drop it"
+    )

@@ -1,0 +1,227 @@
+"""Video files to frames: exactly the frame that was asked for, or an error that says why not.
+
+Frames are numbered in the order they are shown. A file is read twice: first only its packets, for the presentation
+timestamps (PTS) that name the frames, then its frames, from the first to the last one wanted. There is no seeking, which
+goes wrong in MPEG-TS and gains nothing where every group of pictures holds a wanted frame.
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from io import BytesIO
+from itertools import pairwise
+from typing import NamedTuple
+
+import av
+import numpy as np
+from av.container import InputContainer
+from av.video.stream import VideoStream
+
+from megatron_keye.data.media.blobs import describe_blob
+from megatron_keye.errors import DataError
+
+DECODER_ID = f"pyav-{av.__version__}-ffmpeg-{av.ffmpeg_version_info}-rules-1"
+"""Names what makes pixels from bytes. Raise the last number when frames, their numbering or their colours change."""
+
+# A playlist named .mp4 would otherwise open other files of this machine (concat, HLS), also when handed bytes.
+_OPEN_OPTIONS = {"format_whitelist": "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,mpegts,avi,flv", "protocol_whitelist": "none"}
+# Codecs whose decoder leaves out frames that no other refers to without a change in the others (B-frames, mostly).
+_SKIPPABLE_CODECS = frozenset({"h264", "hevc"})
+# Codecs with packets of their own for frames that are never shown.
+_HIDDEN_FRAME_CODECS = frozenset({"vp8"})
+_MATROSKA_MAGIC, _MATROSKA_SEGMENT = b"\x1aE\xdf\xa3", b"\x18S\x80g"
+# A container's declared rate further from the measured one than this does not describe the clip.
+_RATE_TOLERANCE = 0.05
+
+
+@dataclass(frozen=True, slots=True)
+class VideoInfo:
+    """A clip as shown: `height` and `width` after rotation, `fps` the average rate in frames per second."""
+
+    num_frames: int
+    fps: float
+    height: int
+    width: int
+    duration_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class _Timeline:
+    """`pts` of every frame in the order shown, or None where packets do not tell: frames are then counted as decoded."""
+
+    pts: tuple[int, ...] | None
+    num_frames: int
+    fps: float
+    duration_s: float
+
+
+class _Packet(NamedTuple):
+    """The header of a packet; its data is not kept."""
+
+    pts: int | None
+    duration: int
+    is_keyframe: bool
+    is_discard: bool
+
+
+def probe(blob: bytes) -> VideoInfo:
+    """What planning needs to know about a video file. Decodes the first frame, so that a file it accepts can be decoded.
+
+    Raises DataError for bytes that are not a whole video file of a known format.
+    """
+    timeline = _timeline(blob)
+    first = next(_frames(blob, timeline, (0,)))
+    height, width = first.shape[:2]
+    return VideoInfo(timeline.num_frames, timeline.fps, height, width, timeline.duration_s)
+
+
+def iter_frames(blob: bytes, indices: Sequence[int]) -> Iterator[np.ndarray]:
+    """Yields the frames at `indices`, which must increase, as uint8 [H, W, 3] RGB, upright; one is held at a time.
+
+    Raises ValueError for indices out of order, DataError for one the clip does not have and for a damaged file.
+    """
+    wanted = tuple(int(i) for i in indices)
+    if any(b <= a for a, b in pairwise(wanted)):
+        raise ValueError(f"found frame indices {wanted}; expected increasing ones")
+    timeline = _timeline(blob)
+    if wanted and not 0 <= wanted[0] <= wanted[-1] < timeline.num_frames:
+        raise DataError(f"frames {wanted[0]} to {wanted[-1]} were asked for; found a clip of {timeline.num_frames} frames: index it again")
+    yield from _frames(blob, timeline, wanted)
+
+
+def decode_frames(blob: bytes, indices: Sequence[int]) -> np.ndarray:
+    """uint8 [n, H, W, 3]: the frames at `indices`, at least one, in any order and with repeats. Errors as `iter_frames`."""
+    distinct, places = np.unique(np.asarray(indices, dtype=np.int64), return_inverse=True)
+    return np.stack(list(iter_frames(blob, distinct)))[places]
+
+
+@contextmanager
+def _opened(blob: bytes) -> Iterator[tuple[InputContainer, VideoStream]]:
+    """The container and its main video stream; every error of the library becomes a DataError."""
+    try:
+        with av.open(BytesIO(blob), options=_OPEN_OPTIONS, metadata_errors="replace") as container:
+            stream = container.streams.best("video")
+            if stream is None or stream.codec_context is None:
+                raise DataError(f"cannot decode a video: found {describe_blob(blob)} without a video stream of a known codec; drop it")
+            stream.codec_context.thread_count = 1  # the caller's processes share the cores; more threads only add latency jitter
+            yield container, stream
+    except (av.FFmpegError, MemoryError) as error:
+        raise DataError(
+            f"cannot decode a video: found {describe_blob(blob)} ({type(error).__name__}: {error}); expected a whole MP4, Matroska, WebM, "
+            "MPEG-TS, AVI or FLV file: restore or drop it"
+        ) from error
+
+
+def _timeline(blob: bytes) -> _Timeline:
+    """Reads the packets, and decodes only where their timestamps do not name the frames."""
+    with _opened(blob) as (container, stream):
+        _check_complete(blob, stream)
+        packets = _packet_headers(blob, container, stream)
+        codec = stream.codec_context.name
+        declared_fps = float(stream.average_rate or 0)
+        time_base_s = float(stream.time_base)
+    pts = [p.pts for p in packets if not p.is_discard]
+    if codec in _HIDDEN_FRAME_CODECS or None in pts or len(set(pts)) != len(pts):
+        return _counted_timeline(blob, declared_fps)
+    # Frames shown ahead of the first key frame refer to frames that the file does not have.
+    start = next((p.pts for p in packets if p.is_keyframe), None)
+    shown = tuple(sorted(t for t in pts if start is None or t >= start))
+    if not shown:
+        raise DataError(f"cannot decode a video: found {describe_blob(blob)} without a frame; restore or drop it")
+    last_duration = next(p.duration for p in packets if p.pts == shown[-1])
+    duration_s = (shown[-1] - shown[0] + last_duration) * time_base_s
+    return _Timeline(shown, len(shown), _frame_rate(blob, declared_fps, len(shown), duration_s), duration_s)
+
+
+def _packet_headers(blob: bytes, container: InputContainer, stream: VideoStream) -> list[_Packet]:
+    headers = []
+    for packet in container.demux(stream):
+        if packet.is_corrupt:
+            raise DataError(f"cannot decode a video: found {describe_blob(blob)} with damaged packets; restore or drop it")
+        if packet.size:  # the last one, which flushes the decoder, is empty
+            headers.append(_Packet(packet.pts, packet.duration or 0, packet.is_keyframe, packet.is_discard))
+    return headers
+
+
+def _counted_timeline(blob: bytes, declared_fps: float) -> _Timeline:
+    with _opened(blob) as (container, stream):
+        num_frames = sum(1 for _ in container.decode(stream))
+    if num_frames == 0 or declared_fps <= 0:
+        raise DataError(
+            f"cannot decode a video: found {describe_blob(blob)} with {num_frames} frames at {declared_fps} frames per second; "
+            "expected at least one frame and a frame rate: rewrite it with timestamps or drop it"
+        )
+    return _Timeline(None, num_frames, declared_fps, num_frames / declared_fps)
+
+
+def _frame_rate(blob: bytes, declared_fps: float, num_frames: int, duration_s: float) -> float:
+    """The container's average rate, which is exact where the clip's is constant, unless its timestamps contradict it."""
+    measured_fps = num_frames / duration_s if duration_s > 0 else declared_fps
+    if measured_fps <= 0:
+        raise DataError(f"cannot decode a video: found {describe_blob(blob)} without frame rate and duration; rewrite it with timestamps")
+    return declared_fps if abs(declared_fps / measured_fps - 1) <= _RATE_TOLERANCE else measured_fps
+
+
+def _check_complete(blob: bytes, stream: VideoStream) -> None:
+    """Raises DataError where the container's own index or length points behind the end of the file."""
+    end = max((entry.pos + entry.size for entry in stream.index_entries), default=0)
+    end = max(end, _matroska_end(blob))
+    if end > len(blob):
+        raise DataError(f"cannot decode a video: found {len(blob)} bytes, but its header tells of {end}: it is truncated; restore it")
+
+
+def _matroska_end(blob: bytes) -> int:
+    """Offset behind a Matroska file's segment as its header has it, or 0 where it does not say or the file is another kind.
+
+    A truncated Matroska file reads like a shorter clip otherwise.
+    """
+    at = blob.find(_MATROSKA_SEGMENT, 0, 4096) + len(_MATROSKA_SEGMENT)
+    if not blob.startswith(_MATROSKA_MAGIC) or at < len(_MATROSKA_SEGMENT) or not blob[at]:
+        return 0
+    # EBML integer: as many bytes follow as the first one has leading zero bits; all value bits set means unknown.
+    num_bytes = 9 - blob[at].bit_length()
+    value_bits = (1 << 7 * num_bytes) - 1
+    size = int.from_bytes(blob[at : at + num_bytes], "big") & value_bits
+    return 0 if size == value_bits else at + num_bytes + size
+
+
+def _frames(blob: bytes, timeline: _Timeline, wanted: tuple[int, ...]) -> Iterator[np.ndarray]:
+    numbers = iter(wanted)
+    number = next(numbers, None)
+    if number is None:
+        return
+    with _opened(blob) as (container, stream):
+        for index, frame in _numbered(blob, container, stream, timeline, wanted):
+            if index != number:
+                break
+            yield _upright_rgb(frame)
+            number = next(numbers, None)
+            if number is None:
+                return
+    raise DataError(f"cannot decode a video: found no frame {number} of {timeline.num_frames} in {describe_blob(blob)}; restore or drop it")
+
+
+def _numbered(
+    blob: bytes, container: InputContainer, stream: VideoStream, timeline: _Timeline, wanted: tuple[int, ...]
+) -> Iterator[tuple[int, av.VideoFrame]]:
+    """The decoded frames among `wanted`, with their numbers. Raises DataError for a frame the decoder calls damaged."""
+    names = None if timeline.pts is None else {timeline.pts[i]: i for i in wanted}
+    skippable = names is not None and stream.codec_context.name in _SKIPPABLE_CODECS
+    wanted_numbers = frozenset(wanted)
+    count = 0
+    for packet in container.demux(stream):
+        if skippable:
+            stream.codec_context.skip_frame = "DEFAULT" if packet.pts in names else "NONREF"
+        for frame in packet.decode():
+            # Frames that nobody wants are checked as well: others refer to them.
+            if frame.is_corrupt:
+                raise DataError(f"cannot decode a video: found {describe_blob(blob)} with damaged frames; restore or drop it")
+            number = count if names is None else names.get(frame.pts)
+            count += 1
+            if number in wanted_numbers:
+                yield number, frame
+
+
+def _upright_rgb(frame: av.VideoFrame) -> np.ndarray:
+    quarter_turns = round(frame.rotation / 90) % 4  # counterclockwise, as np.rot90 counts
+    return np.ascontiguousarray(np.rot90(frame.to_ndarray(format="rgb24"), quarter_turns))
