@@ -197,3 +197,12 @@ def test_local_ends_with_the_trainers_exit_code():
     done = local("-n", "2", "no_such_recipe")
     assert done.returncode == 65
     assert "no recipe is called 'no_such_recipe'" in done.stderr
+
+
+def test_the_smoke_test_explains_itself_and_wants_a_python(monkeypatch):
+    script = ROOT / "launch/smoke_2gpu.sh"
+    assert "usage: launch/smoke_2gpu.sh" in subprocess.run([script, "--help"], capture_output=True, text=True, check=True).stdout
+    monkeypatch.setenv("PYTHON", "/nonexistent/python")
+    done = subprocess.run([script], capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert "no Python at /nonexistent/python: run `make setup`" in done.stderr
