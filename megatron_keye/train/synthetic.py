@@ -12,10 +12,9 @@ from megatron_keye.config.schema import RunConfig, Variant
 from megatron_keye.contract.media import PATCH_VALUES, PatchGrid, SampleShape, Segment
 from megatron_keye.contract.rows import RowTokens, num_supervised
 from megatron_keye.parallel.groups import Groups
-from megatron_keye.plan.step import place_members
 from megatron_keye.plan.types import ReplicaPlan, Row, StepPlan
 from megatron_keye.train.batch import RankInputs
-from megatron_keye.train.placement import plan_settings
+from megatron_keye.train.placement import Planner
 
 PROOF_STEPS = 2
 
@@ -52,7 +51,7 @@ def _video(variant: Variant, frames: int, gap_tokens: int) -> tuple[Segment, ...
 def synthetic_plan(shapes: Sequence[SampleShape], step: int, config: RunConfig, num_replicas: int) -> StepPlan:
     """The trainer's own placement of `shapes` on the layout of `config`."""
     members = tuple(range(len(shapes)))
-    return StepPlan(step, members, place_members(members, shapes, plan_settings(config, num_replicas)))
+    return StepPlan(step, members, Planner(config, num_replicas).place(members, shapes))
 
 
 def synthetic_inputs(plan: StepPlan, config: RunConfig, groups: Groups) -> RankInputs:

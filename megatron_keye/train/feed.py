@@ -1,0 +1,179 @@
+"""The stream of step batches on one rank.
+
+1. A background thread plans the coming steps from the cursor and, on a replica's leader, reads and decodes them ahead, within
+   a number of steps and a budget of bytes. It issues no collectives.
+2. `next_step` takes the next one in the main thread; all ranks agree on the plan; rows are broadcast and pixels scattered
+   within the replica; and the result becomes a batch on this rank's device.
+
+Nothing here has state worth saving: the cursor that comes with a step says where the step after it begins.
+"""
+
+import threading
+import time
+from collections import deque
+from dataclasses import dataclass
+
+import torch
+
+from megatron_keye.config.schema import RunConfig
+from megatron_keye.data.broadcast import broadcast_rows, scatter_patches
+from megatron_keye.data.dataset import Dataset
+from megatron_keye.data.loader import (
+    ReplicaData,
+    ReplicaLoader,
+    SkippedSample,
+    patch_counts,
+    replica_pixel_bytes,
+    stack_patches,
+)
+from megatron_keye.contract.rows import num_supervised
+from megatron_keye.errors import SettingsError
+from megatron_keye.model.decoder_config import PRECISION
+from megatron_keye.parallel.groups import Groups
+from megatron_keye.plan.cursor import Cursor
+from megatron_keye.plan.digest import plan_digest
+from megatron_keye.plan.types import ReplicaPlan, StepPlan
+from megatron_keye.train.batch import RankInputs, StepBatch, make_batch
+from megatron_keye.train.consensus import agree
+from megatron_keye.train.placement import Planner
+
+
+@dataclass(frozen=True)
+class FedStep:
+    """One step ready to run: its plan and batch, the cursor after it, what its replica had to skip, and how long it took to get."""
+
+    plan: StepPlan
+    after: Cursor
+    batch: StepBatch
+    skipped: list[SkippedSample]
+    wait_s: float
+
+
+@dataclass
+class _Prepared:
+    plan: StepPlan
+    after: Cursor
+    data: ReplicaData | None
+    pixel_bytes: int
+
+
+class Feed:
+    """Steps from `cursor` on. `loader` is this replica's, and None except on its leader."""
+
+    def __init__(
+        self, config: RunConfig, groups: Groups, dataset: Dataset, loader: ReplicaLoader | None, planner: Planner, cursor: Cursor,
+        device: torch.device,
+    ):  # fmt: skip
+        self._config, self._groups, self._dataset, self._loader = config, groups, dataset, loader
+        self._planner, self._device = planner, device
+        self._queue: deque[_Prepared | Exception] = deque()
+        self._queued_bytes = 0
+        self._changed = threading.Condition()
+        self._closed = False
+        self._thread = threading.Thread(target=self._prepare_ahead, args=(cursor,), name="feed", daemon=True)
+        self._thread.start()
+
+    def next_step(self) -> FedStep:
+        """The next step; all ranks must call it together. Raises on every rank when any rank could not prepare it."""
+        began_s = time.perf_counter()
+        prepared = self._take()
+        failure = prepared if isinstance(prepared, Exception) else None
+        digest = bytes(32) if failure else plan_digest(prepared.plan)
+        supervised = 0 if failure else self._count_supervised(prepared)
+        total = agree(digest, supervised, failure, self._groups.world, self._device)
+        batch = self._deliver(prepared, total)
+        skipped = [] if prepared.data is None else prepared.data.skipped
+        return FedStep(prepared.plan, prepared.after, batch, skipped, time.perf_counter() - began_s)
+
+    def close(self) -> None:
+        with self._changed:
+            self._closed = True
+            self._changed.notify_all()
+        self._thread.join()
+        if self._loader is not None:
+            self._loader.close()
+
+    def _prepare_ahead(self, cursor: Cursor) -> None:
+        """Runs in the background until closed, or until a step fails: the exception then stands in the queue in its place."""
+        try:
+            while True:
+                plan, after = self._planner.plan(self._dataset.shapes, cursor)
+                share = plan.replicas[self._groups.coordinate("dp")]
+                pixel_bytes = replica_pixel_bytes(share)
+                check_budgets(plan, self._config)
+                if not self._wait_for_room(pixel_bytes):
+                    return
+                data = None if self._loader is None else self._loader.load(share)
+                self._put(_Prepared(plan, after, data, pixel_bytes))
+                cursor = after
+        except Exception as error:
+            self._put(error)
+
+    def _wait_for_room(self, pixel_bytes: int) -> bool:
+        """Block until another step may be decoded; False when the feed was closed instead."""
+        limits = self._config.data
+
+        def has_room() -> bool:
+            fits = self._queued_bytes + pixel_bytes <= limits.prefetch_bytes
+            return self._closed or not self._queue or (fits and len(self._queue) < limits.prefetch_steps)
+
+        with self._changed:
+            self._changed.wait_for(has_room)
+            return not self._closed
+
+    def _put(self, item: "_Prepared | Exception") -> None:
+        with self._changed:
+            self._queue.append(item)
+            self._queued_bytes += item.pixel_bytes if isinstance(item, _Prepared) else 0
+            self._changed.notify_all()
+
+    def _take(self) -> "_Prepared | Exception":
+        with self._changed:
+            self._changed.wait_for(lambda: self._queue)
+            item = self._queue.popleft()
+            self._queued_bytes -= item.pixel_bytes if isinstance(item, _Prepared) else 0
+            self._changed.notify_all()
+            return item
+
+    def _count_supervised(self, prepared: _Prepared) -> int:
+        """Supervised tokens of this replica, counted by its leader alone."""
+        if prepared.data is None:
+            return 0
+        rows = prepared.plan.replicas[self._groups.coordinate("dp")].rows
+        return sum(num_supervised(tokens, row.cu_seqlens) for tokens, row in zip(prepared.data.rows, rows, strict=True))
+
+    def _deliver(self, prepared: _Prepared, supervised: int) -> StepBatch:
+        groups, device = self._groups, self._device
+        share = prepared.plan.replicas[groups.coordinate("dp")]
+        rows = None
+        if groups.ends is not None:
+            lengths = [row.num_tokens for row in share.rows]
+            own = None if prepared.data is None else prepared.data.rows
+            rows = broadcast_rows(own, lengths, groups.ends, groups.leader, device)
+        counts = patch_counts(share, groups.grid.replica_size)
+        stacked = None if prepared.data is None else stack_patches(prepared.data.patches, counts)
+        patches = scatter_patches(stacked, counts, groups.replica, device)
+        return make_batch(RankInputs(prepared.plan, rows, patches, supervised), self._config, groups, device)
+
+
+def check_budgets(plan: StepPlan, config: RunConfig) -> None:
+    """Raise SettingsError where a replica's pixels or visual embeddings of this step exceed their budget; the same on all ranks."""
+    row_bytes = config.model.decoder.hidden_size * PRECISION[config.train.precision].itemsize
+    for number, replica in enumerate(plan.replicas):
+        place = f"step {plan.step}, replica {number}"
+        pixels = replica_pixel_bytes(replica)
+        if pixels > config.data.prefetch_bytes:
+            raise SettingsError(
+                f"{place}: its pixels take {pixels:,} bytes, and data.prefetch_bytes is {config.data.prefetch_bytes:,}; "
+                "raise that budget or lower data.global_batch_samples or the media limits"
+            )
+        slab = _visual_tokens(replica) * row_bytes // config.parallel.cp
+        if slab > config.encode.slab_bytes:
+            raise SettingsError(
+                f"{place}: the visual embeddings of a rank take about {slab:,} bytes, and encode.slab_bytes is "
+                f"{config.encode.slab_bytes:,}; raise that budget, use more context-parallel ranks or a smaller global batch"
+            )
+
+
+def _visual_tokens(replica: ReplicaPlan) -> int:
+    return sum(document.shape.num_visual_tokens for row in replica.rows for document in row.documents)
