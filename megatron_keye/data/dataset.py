@@ -17,7 +17,7 @@ from megatron_keye.data.indexing import made_with
 from megatron_keye.data.items import MediaRules, load_patches, media_rules, sample_frames
 from megatron_keye.data.record import Record
 from megatron_keye.data.shards import check_sha256, read_record, read_span
-from megatron_keye.data.tokenize import TokenizedSample, tokenize
+from megatron_keye.data.tokenize import ItemLayout, TokenizedSample, tokenize
 from megatron_keye.data.tokenizer import KeyeTokenizer
 from megatron_keye.errors import DataError
 
@@ -81,6 +81,10 @@ class Dataset:
         """Shape of a sample after it was made to fit; exactly that of its tokens."""
         return self._fit(sample).shape
 
+    def layouts(self, sample: int) -> list[ItemLayout]:
+        """Its images and videos, in order, with the sizes that were settled."""
+        return [item.layout for item in self._fit(sample).items]
+
     def sample_id(self, sample: int) -> str:
         return self._index.key_and_id(self._number(sample))[1]
 
@@ -101,8 +105,8 @@ class Dataset:
     def tokens(self, sample: int) -> TokenizedSample:
         """Token ids and supervision flags. Raises DataError where they do not have the shape that was planned."""
         fitted = self._fit(sample)
-        layouts = [item.layout for item in fitted.items]
-        tokenized = tokenize(self.record(sample), layouts, self._tokenizer, self._rules.variant).truncated(fitted.shape.num_tokens)
+        whole = tokenize(self.record(sample), self.layouts(sample), self._tokenizer, self._rules.variant)
+        tokenized = whole.truncated(fitted.shape.num_tokens)
         if tokenized.shape != fitted.shape:
             raise DataError(
                 f"{self._place(sample)}: its record gives {tokenized.shape.num_tokens} tokens where the index promised "
