@@ -31,12 +31,12 @@ class EncodePhases:
     """Runs `encoder` (patches, grids -> rows [R, H]) for one step after another.
 
     With `keep_graph`, activations of every round wait for their gradient; without, a round's forward runs again in phase 3.
-    A frozen encoder (`trainable` False) builds no graph and exchanges no gradients.
+    A frozen encoder (`trainable` False) builds no graph and exchanges no gradients. `lap` is told the end of each phase.
     """
 
     def __init__(
         self, encoder: Callable[[Tensor, Sequence[PatchGrid]], Tensor], replica: ProcessGroup, *,
-        hidden_size: int, dtype: torch.dtype, trainable: bool, keep_graph: bool,
+        hidden_size: int, dtype: torch.dtype, trainable: bool, keep_graph: bool, lap: Callable[[str], None],
     ):  # fmt: skip
         self.encoder = encoder
         self.replica = replica
@@ -44,18 +44,21 @@ class EncodePhases:
         self.dtype = dtype
         self.trainable = trainable
         self.keep_graph = keep_graph and trainable
+        self.lap = lap
         self._outputs: list[Tensor] = []
 
     def forward(self, rounds: Sequence[EncodeRound], route: StepRoute, device: torch.device) -> Tensor:
         """All visual rows that this rank embeds in the step, [S, H], without a graph."""
-        slab = torch.empty((sum(route.slab_counts), self.hidden_size), dtype=self.dtype, device=device)
+        slab = torch.zeros((sum(route.slab_counts), self.hidden_size), dtype=self.dtype, device=device)
         self._outputs = []
         for inputs, exchange in zip(rounds, route.forward, strict=True):
             with torch.set_grad_enabled(self.keep_graph):
                 rows = self.encoder(inputs.patches, inputs.grids)
             if self.keep_graph:
                 self._outputs.append(rows)
+            self.lap("encode")
             move_rows(rows.detach(), slab, exchange, self.replica)
+            self.lap("route")
         return slab
 
     def backward(self, slab_gradient: Tensor, rounds: Sequence[EncodeRound], route: StepRoute) -> None:
@@ -68,17 +71,23 @@ class EncodePhases:
             else:
                 rows = self.encoder(inputs.patches, inputs.grids)
             gradient = torch.zeros_like(rows)
+            self.lap("encode_backward")
             move_rows(slab_gradient, gradient, exchange, self.replica)
+            self.lap("route")
             if inputs.grids:
                 torch.autograd.backward(rows, gradient)
+            self.lap("encode_backward")
         self._outputs = []
 
 
 def move_rows(source: Tensor, target: Tensor, exchange: Exchange, group: ProcessGroup) -> None:
-    """Execute one exchange: rows of `source` [*, H] of all ranks into rows of `target` [*, H] of all ranks, in place."""
+    """Execute one exchange: add rows of `source` [*, H] of all ranks to rows of `target` [*, H] of all ranks, in place.
+
+    Rows that meet at one place add up, as gradients must: one that a route returned twice would show in the result.
+    """
     send_rows = torch.from_numpy(exchange.send_rows).to(source.device)
     receive_rows = torch.from_numpy(exchange.receive_rows).to(source.device)
     sent = source.index_select(0, send_rows)
     received = sent.new_empty((len(receive_rows), source.shape[1]))
     dist.all_to_all_single(received, sent, list(exchange.receive_counts), list(exchange.send_counts), group=group)
-    target.index_copy_(0, receive_rows, received)
+    target.index_add_(0, receive_rows, received)

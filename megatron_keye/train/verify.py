@@ -4,6 +4,7 @@ Every rank runs `train/step.py` unchanged on synthetic steps. The one-process ru
 per module, max|a - b| / max|b|.
 """
 
+import math
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
@@ -73,17 +74,21 @@ def trace_layout(config: RunConfig, layout: Layout, reverse_rows: bool = False, 
     """Run the proof's steps under `layout` on freshly started ranks."""
     config = layout.apply(config)
     require_valid(config, layout.world_size)
-    prepare = partial(_prepare, config.train.precision == "fp64")
-    return run_ranks(layout.world_size, _trace_rank, config, reverse_rows, prepare=prepare, timeout_s=timeout_s)[0]
+    prepare = partial(prepare_rank, config.train.precision == "fp64")
+    return run_ranks(layout.world_size, trace_rank, config, reverse_rows, prepare=prepare, timeout_s=timeout_s)[0]
 
 
 def compare(layout: str, trace: Trace, reference: Trace) -> Difference:
-    loss = max(abs(a - b) / abs(b) for a, b in zip(trace.losses, reference.losses, strict=True))
-    norm = max(abs(a - b) / abs(b) for a, b in zip(trace.grad_norms, reference.grad_norms, strict=True))
+    loss = max(map(_relative_difference, trace.losses, reference.losses))
+    norm = max(map(_relative_difference, trace.grad_norms, reference.grad_norms))
     gradients = [module_differences(a, b) for a, b in zip(trace.gradients, reference.gradients, strict=True)]
     worst_gradient = max((pair for step in gradients for pair in step.items()), key=lambda pair: pair[1])
     worst_weight = max(module_differences(trace.weights, reference.weights).items(), key=lambda pair: pair[1])
     return Difference(layout, loss, norm, worst_gradient[1], worst_gradient[0], worst_weight[1], worst_weight[0])
+
+
+def _relative_difference(a: float, b: float) -> float:
+    return abs(a - b) / abs(b) if math.isfinite(a) else math.inf
 
 
 def module_differences(a: dict[str, Tensor], b: dict[str, Tensor]) -> dict[str, float]:
@@ -114,12 +119,13 @@ def tolerance(config: RunConfig, reference: Trace) -> float:
     return 2.0 * compare("reordered", reordered, reference).worst
 
 
-def _prepare(float64: bool) -> None:
+def prepare_rank(float64: bool) -> None:
+    """What a started rank needs before its world exists."""
     if not torch.cuda.is_available():
         adapt_to_cpu(float64)
 
 
-def _trace_rank(config: RunConfig, reverse_rows: bool) -> Trace:
+def trace_rank(config: RunConfig, reverse_rows: bool) -> Trace:
     """One rank's run; the trace is complete on rank 0."""
     device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
     world_size = dist.get_world_size()
@@ -137,6 +143,7 @@ def _trace_rank(config: RunConfig, reverse_rows: bool) -> Trace:
         losses.append(step.accumulate(batch))
         gradients.append(gather_gradients(model))
         norms.append(step.update(1.0, batch.num_supervised)[0])
+    complete_weights(model)
     return Trace(losses, norms, gradients, gather_pieces(model.pieces(), groups))
 
 
@@ -150,6 +157,13 @@ def _reversed(replica: ReplicaPlan) -> ReplicaPlan:
     tasks = [replace(task, microbatch=last - task.microbatch) for task in replica.tasks]
     tasks.sort(key=lambda task: (task.encoder, task.round, task.microbatch, task.document, task.segment))
     return replace(replica, rows=replica.rows[::-1], tasks=tuple(tasks))
+
+
+def complete_weights(model: KeyeModel) -> None:
+    """After an update with `overlap_param_gather` a rank has new values in its own shard alone, until the next forward pass."""
+    for module in model.chunks_ddp:
+        if module.ddp_config.overlap_param_gather:
+            module.start_param_sync(force_sync=True)
 
 
 def gather_gradients(model: KeyeModel) -> dict[str, Tensor]:
