@@ -51,6 +51,7 @@ class TrainStep:
         self.encode = EncodePhases(
             model.encoder_ddp or model.encoder, model.groups.replica, hidden_size=config.model.decoder.hidden_size,
             dtype=model.dtype, trainable=model.encoder_ddp is not None, keep_graph=config.encode.activations == "keep",
+            lap=self.timer.lap,
         )  # fmt: skip
         transformer = model.chunks[0].config
         transformer.finalize_model_grads_func = self._finalize
@@ -58,7 +59,6 @@ class TrainStep:
 
     def run(self, batch: StepBatch, lr_factor: float) -> StepResult:
         """One whole step; `lr_factor` scales every parameter group's own peak learning rate."""
-        self.timer.start()
         loss = self.accumulate(batch)
         grad_norm, updated = self.update(lr_factor, batch.num_supervised)
         self.timer.lap("optimizer")
@@ -66,10 +66,10 @@ class TrainStep:
 
     def accumulate(self, batch: StepBatch) -> float:
         """Forward and backward of a step: leaves complete, divided gradients behind and returns the loss."""
+        self.timer.start()
         for module in (*self.model.chunks_ddp, *self._encoder_ddp()):
             module.zero_grad_buffer()
         slab = self.encode.forward(batch.rounds, batch.route, self.model.device)
-        self.timer.lap("encode")
         leaves = [part.requires_grad_(self.encode.trainable) for part in slab.split(list(batch.route.slab_counts))]
         loss_sum = self._decode(batch, leaves, forward_only=False)
         self.timer.lap("decoder")

@@ -1,0 +1,146 @@
+"""What a run writes about itself on its main rank: metrics, ledger, TensorBoard, and a line or bar for whoever watches."""
+
+import math
+import resource
+import sys
+import time
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from torch.utils.tensorboard import SummaryWriter
+
+from megatron_keye.plan.balance import imbalance
+from megatron_keye.plan.step import predicted_loads
+from megatron_keye.train.feed import FedStep
+from megatron_keye.train.placement import Planner
+from megatron_keye.train.run_dir import JsonLines, RunDir
+from megatron_keye.train.runtime import Runtime
+from megatron_keye.train.step import StepResult
+
+PHASES = ("data_wait", "encode", "route", "decoder", "encode_backward", "optimizer")
+LOG_EVERY_S = 15.0
+
+
+@dataclass(frozen=True)
+class StepRecord:
+    """A finished step, as the loop hands it over."""
+
+    fed: FedStep
+    result: StepResult
+    lr: float
+    step_time_s: float
+    dataset_samples: int
+
+
+class Recorder:
+    """Writes on the main rank; `record` is a collective, because phase times of all ranks are compared."""
+
+    def __init__(self, run_dir: RunDir, runtime: Runtime, planner: Planner, first_step: int, num_steps: int):
+        self._runtime, self._planner, self._num_steps = runtime, planner, num_steps
+        self._metrics, self._ledger = JsonLines(run_dir.metrics), JsonLines(run_dir.ledger)
+        self._board = self._progress = None
+        self._last_log_s = -math.inf
+        if runtime.is_main:
+            self._metrics.keep_before(first_step)
+            self._ledger.keep_before(first_step)
+            self._board = SummaryWriter(str(run_dir.tensorboard), purge_step=first_step)
+            self._console = Console(stderr=True)
+            if self._console.is_terminal:
+                self._progress = _progress_bar(self._console)
+                self._task = self._progress.add_task("training", total=num_steps, completed=first_step, note="")
+                self._progress.start()
+
+    def record(self, record: StepRecord) -> None:
+        phases = {**record.result.phase_s, "data_wait": record.fed.wait_s}
+        mine = torch.tensor([phases.get(name, 0.0) for name in PHASES], dtype=torch.float64, device=self._runtime.device)
+        world = self._runtime.groups.world
+        every = [torch.empty_like(mine) for _ in range(world.size())]
+        dist.all_gather(every, mine, group=world)
+        if self._runtime.is_main:
+            self._write(record, torch.stack(every).cpu())
+
+    def say(self, message: str) -> None:
+        """One line for people, from the main rank only."""
+        if self._runtime.is_main:
+            self._console.print(message, markup=False, highlight=False)
+
+    def validated(self, step: int, loss: float) -> None:
+        """A validation loss, before training step `step`; it goes into that step's TensorBoard and to whoever watches."""
+        if self._runtime.is_main:
+            self._board.add_scalar("valid/loss", loss, step)
+            self.say(f"step {step}: validation loss {loss:.4f}")
+
+    def close(self) -> None:
+        if self._progress is not None:
+            self._progress.stop()
+        if self._board is not None:
+            self._board.close()
+
+    def _write(self, record: StepRecord, phases_RP: torch.Tensor) -> None:
+        plan, result = record.fed.plan, record.result
+        fields = {
+            "step": plan.step, "loss": result.loss, "grad_norm": result.grad_norm, "lr": record.lr, "updated": result.updated,
+            **_counts(record), "step_time_s": round(record.step_time_s, 5),
+            **{f"{name}_s": round(float(seconds), 5) for name, seconds in zip(PHASES, phases_RP.mean(dim=0))},
+            **self._balance(record, phases_RP), "memory_bytes": _memory_bytes(self._runtime.device),
+            "epoch": record.fed.after.position / record.dataset_samples,
+        }  # fmt: skip
+        fields["tokens_per_s"] = round(fields["tokens"] / record.step_time_s, 1)
+        self._metrics.append(fields)
+        skipped = [{"id": s.sample_id, "reason": s.reason} for s in record.fed.skipped]
+        self._ledger.append({
+            "step": plan.step, "samples": list(plan.members), "digest": record.fed.after.ledger.hex(), "updated": result.updated,
+            "skipped": skipped,
+        })  # fmt: skip
+        for name, value in fields.items():
+            if name not in ("step", "updated"):
+                self._board.add_scalar(f"train/{name}", value, plan.step)
+        self._show(fields)
+
+    def _balance(self, record: StepRecord, phases_RP: torch.Tensor) -> dict[str, float]:
+        """max / mean over ranks: predicted by the planner's own function, and as it came out."""
+        predicted = predicted_loads(record.fed.plan, self._planner.settings)
+        encode = phases_RP[:, PHASES.index("encode")] + phases_RP[:, PHASES.index("encode_backward")]
+        return {
+            "decoder_imbalance_predicted": round(predicted.decoder_imbalance, 4),
+            "vision_imbalance_predicted": round(predicted.vision_imbalance, 4),
+            "decoder_imbalance_measured": round(imbalance(phases_RP[:, PHASES.index("decoder")].tolist()), 4),
+            "vision_imbalance_measured": round(imbalance(encode.tolist()), 4),
+        }
+
+    def _show(self, fields: dict) -> None:
+        done = fields["step"] + 1
+        note = f"loss {fields['loss']:.4f}  lr {fields['lr']:.2e}  {fields['tokens_per_s']:,.0f} tokens/s"
+        if self._progress is not None:
+            self._progress.update(self._task, completed=done, note=note)
+        elif time.monotonic() - self._last_log_s > LOG_EVERY_S or done == self._num_steps:
+            self._last_log_s = time.monotonic()
+            self.say(f"step {done}/{self._num_steps}  {note}")
+
+
+def _counts(record: StepRecord) -> dict[str, int]:
+    documents = [d for replica in record.fed.plan.replicas for row in replica.rows for d in row.documents]
+    return {
+        "samples": len(documents),
+        "tokens": sum(d.shape.num_tokens for d in documents),
+        "visual_tokens": sum(d.shape.num_visual_tokens for d in documents),
+        "supervised_tokens": record.fed.batch.num_supervised,
+        "padding_tokens": sum(r.num_tokens for replica in record.fed.plan.replicas for r in replica.rows)
+        - sum(d.shape.num_tokens for d in documents),
+    }
+
+
+def _memory_bytes(device: torch.device) -> int:
+    """Peak so far: of the GPU's allocator, or of this process on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def _progress_bar(console: Console) -> Progress:
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
+    return Progress(*columns, TextColumn("{task.fields[note]}"), console=console)

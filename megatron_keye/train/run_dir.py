@@ -1,0 +1,90 @@
+"""The run directory, which is how people and launchers see and steer a run.
+
+    config.yaml       settings as resolved when the run last started
+    metrics.jsonl     one line per step
+    ledger.jsonl      which samples each step trained on, chained by hash
+    checkpoints/      step_00000123/ ...
+    heartbeats/rankN  "step time phase", renewed at every phase change
+    tensorboard/
+    STOP, SAVE        put there by anyone: end the run at the next step with a checkpoint; checkpoint now and go on
+    DONE              put there by the run when its last step is saved
+"""
+
+import json
+import os
+import time
+from pathlib import Path
+
+from megatron_keye.errors import SettingsError
+
+
+class RunDir:
+    """Paths and small files of one run. Only the main rank writes anything but its own heartbeat."""
+
+    def __init__(self, path: str | Path):
+        self.path = Path(path)
+        self.metrics = self.path / "metrics.jsonl"
+        self.ledger = self.path / "ledger.jsonl"
+        self.checkpoints = self.path / "checkpoints"
+        self.config = self.path / "config.yaml"
+        self.tensorboard = self.path / "tensorboard"
+
+    def create(self) -> None:
+        """Raises SettingsError where the folder cannot be made or written."""
+        try:
+            for folder in (self.checkpoints, self.path / "heartbeats"):
+                folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise SettingsError(f"the run directory {self.path} cannot be made: {error}; choose another with --run-dir") from error
+
+    def heartbeat(self, rank: int, step: int, phase: str) -> None:
+        """Say that `rank` is alive in `phase` (setup, load, step, save, eval) of `step`."""
+        write_atomically(self.path / "heartbeats" / f"rank{rank}", f"{step} {time.time():.3f} {phase}\n")
+
+    def is_asked(self, name: str) -> bool:
+        """Whether somebody put the file `name` (STOP or SAVE) there."""
+        return (self.path / name).exists()
+
+    def answer(self, name: str) -> None:
+        """Remove a request that was carried out."""
+        (self.path / name).unlink(missing_ok=True)
+
+    @property
+    def is_done(self) -> bool:
+        return (self.path / "DONE").exists()
+
+    def mark_done(self, step: int) -> None:
+        write_atomically(self.path / "DONE", f"{step}\n")
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Readers see the old text or the new one, never a part."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary.write_text(text, encoding="utf-8")
+    temporary.replace(path)
+
+
+class JsonLines:
+    """A file of one JSON object per line, appended to; each line has a `step`."""
+
+    def __init__(self, path: Path):
+        self.path = path
+
+    def keep_before(self, step: int) -> None:
+        """Drop the lines of steps from `step` on, which a resumed run will write again, and anything torn."""
+        if not self.path.exists():
+            return
+        kept = [line for line in self.path.read_text(encoding="utf-8").splitlines() if _step_of(line) < step]
+        write_atomically(self.path, "".join(f"{line}\n" for line in kept))
+
+    def append(self, fields: dict) -> None:
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(fields) + "\n")
+
+
+def _step_of(line: str) -> float:
+    """The line's step; infinity for a line that was cut off while it was written."""
+    try:
+        return json.loads(line)["step"]
+    except (json.JSONDecodeError, KeyError, TypeError):
+        return float("inf")
