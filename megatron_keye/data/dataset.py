@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import zlib
 from collections.abc import Sequence
 from dataclasses import asdict
 from functools import lru_cache
@@ -15,8 +16,8 @@ from megatron_keye.data.fit import Fitted, Rejected, fit, row_limit_tokens
 from megatron_keye.data.index import Index, Made, open_index
 from megatron_keye.data.indexing import made_with
 from megatron_keye.data.items import MediaRules, load_patches, media_rules, sample_frames
-from megatron_keye.data.record import Record
-from megatron_keye.data.shards import check_sha256, read_record, read_span
+from megatron_keye.data.record import Record, parse_record
+from megatron_keye.data.shards import check_sha256, parse_json, read_span
 from megatron_keye.data.tokenize import ItemLayout, TokenizedSample, tokenize
 from megatron_keye.data.tokenizer import KeyeTokenizer
 from megatron_keye.errors import DataError
@@ -98,9 +99,12 @@ class Dataset:
         return self.record(sample).answer
 
     def record(self, sample: int) -> Record:
-        """The record as it is stored. Raises DataError for a shard that cannot be read."""
-        number = self._number(sample)
-        return read_record(self._index.shard(number), self._index.record_span(number), self._index.key_and_id(number)[0])
+        """The record as it is stored. Raises DataError for a shard that cannot be read or was changed."""
+        number, place = self._number(sample), self._place(sample)
+        text = read_span(self._index.shard(number), self._index.record_span(number))
+        if zlib.crc32(text) != self._index.record_crc32(number):
+            raise DataError(f"{place}: the record is not the one that was indexed; restore the shard, or run index_shards.py again")
+        return parse_record(parse_json(text, place), place)
 
     def tokens(self, sample: int) -> TokenizedSample:
         """Token ids and supervision flags. Raises DataError where they do not have the shape that was planned."""
@@ -110,7 +114,7 @@ class Dataset:
         if tokenized.shape != fitted.shape:
             raise DataError(
                 f"{self._place(sample)}: its record gives {tokenized.shape.num_tokens} tokens where the index promised "
-                f"{fitted.shape.num_tokens}, or other media: the shards changed; run data_tools/index_shards.py again"
+                f"{fitted.shape.num_tokens}, or other media: this version reads records differently; run data_tools/index_shards.py again"
             )
         return tokenized
 

@@ -31,6 +31,7 @@ TABLES = {
             ("shard", "<i4"),
             ("record_offset", "<i8"),
             ("record_bytes", "<i8"),
+            ("record_crc32", "<u4"),
             ("name_start", "<i8"),  # of "key\nid" in the names table
             ("name_bytes", "<i4"),
             ("first_item", "<i8"),
@@ -85,6 +86,7 @@ class SampleRow:
     key: str
     id: str
     record: Span
+    record_crc32: int
     items: tuple[Item, ...]
     media: tuple[Span, ...]
     gap_tokens: tuple[int, ...]
@@ -125,6 +127,10 @@ class Index:
     def record_span(self, sample: int) -> Span:
         row = self._tables["samples"][sample]
         return Span(int(row["record_offset"]), int(row["record_bytes"]))
+
+    def record_crc32(self, sample: int) -> int:
+        """Checksum of the record's JSON."""
+        return int(self._tables["samples"]["record_crc32"][sample])
 
     def media_spans(self, sample: int) -> list[Span]:
         return [Span(int(item["offset"]), int(item["num_bytes"])) for item in self._item_rows(sample)]
@@ -229,7 +235,7 @@ def _build_tables(shards: list[ShardRows]) -> tuple[dict[str, np.ndarray], list[
     for number, shard in enumerate(shards):
         for row in shard.rows:
             name = f"{row.key}\n{row.id}".encode()
-            place = (number, row.record.offset, row.record.num_bytes, len(names), len(name))
+            place = (number, row.record.offset, row.record.num_bytes, row.record_crc32, len(names), len(name))
             parts = (len(lists["items"]), len(row.items), len(lists["gaps"]), len(row.gap_tokens))
             text = (row.tail_tokens, row.supervised_tokens, -1 if row.first_supervised is None else row.first_supervised)
             labels = (_number_of(tasks, row.task), _number_of(sources, row.source))

@@ -1,5 +1,6 @@
 """Making an index: every record tokenized, every medium looked at, once."""
 
+import zlib
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
@@ -10,8 +11,8 @@ from megatron_keye.config.schema import ImageConfig, Variant, VideoConfig
 from megatron_keye.data.index import Made, SampleRow, ShardRows, write_index
 from megatron_keye.data.items import Item, MediaRules, describe, media_rules, resolve
 from megatron_keye.data.media.video import DECODER_ID
-from megatron_keye.data.record import Record
-from megatron_keye.data.shards import RECORD_EXTENSION, Span, check_sha256, iter_samples, list_shards, read_record, read_span
+from megatron_keye.data.record import Record, parse_record
+from megatron_keye.data.shards import RECORD_EXTENSION, Span, check_sha256, iter_samples, list_shards, parse_json, read_span
 from megatron_keye.data.template import TEMPLATE_VERSION
 from megatron_keye.data.tokenize import TokenizedSample, tokenize
 from megatron_keye.data.tokenizer import KeyeTokenizer, load_tokenizer
@@ -72,7 +73,8 @@ def _index_shard(shard: Path, tokenizer_folder: Path, rules: MediaRules) -> Shar
 def _index_sample(shard: Path, key: str, members: dict[str, Span], tokenizer: KeyeTokenizer, rules: MediaRules) -> SampleRow:
     if RECORD_EXTENSION not in members:
         raise DataError(f"{shard.name}:{key}: found only {sorted(members)}, expected a .{RECORD_EXTENSION} member with the record")
-    record = read_record(shard, members[RECORD_EXTENSION], key)
+    text = read_span(shard, members[RECORD_EXTENSION])
+    record = parse_record(parse_json(text, f"{shard.name}:{key}"), f"{shard.name}:{key}")
     items, spans = _describe_media(shard, f"{shard.name}:{key}, record {record.id}", record, members, rules)
     sample = tokenize(record, [resolve(item, rules).layout for item in items], tokenizer, rules.variant)
     shape = sample.shape
@@ -80,6 +82,7 @@ def _index_sample(shard: Path, key: str, members: dict[str, Span], tokenizer: Ke
         key=key,
         id=record.id,
         record=members[RECORD_EXTENSION],
+        record_crc32=zlib.crc32(text),
         items=items,
         media=spans,
         gap_tokens=tuple(s.gap_tokens for s in shape.segments),

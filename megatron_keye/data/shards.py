@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from megatron_keye.data.record import Media, Record, parse_record, record_to_json
+from megatron_keye.data.record import Media, Record, record_to_json
 from megatron_keye.errors import DataError
 
 SHARD_PATTERN = "*.tar"
@@ -72,11 +72,6 @@ def read_span(shard: Path, span: Span) -> bytes:
             "restore the shard, or index the folder again"
         )
     return blob
-
-
-def read_record(shard: Path, span: Span, key: str) -> Record:
-    """The record whose JSON is at `span`."""
-    return parse_record(parse_json(read_span(shard, span), f"{shard.name}:{key}"), f"{shard.name}:{key}")
 
 
 def parse_json(line: bytes, where: str) -> Any:

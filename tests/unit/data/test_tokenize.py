@@ -134,7 +134,8 @@ def test_times_are_rounded_from_float32():
 
 def test_truncation_keeps_ids_flags_and_segments_together(tokenizer):
     parts = [{"type": "image", "image": "x"}, {"type": "text", "text": "a long enough text"}]
-    sample = tokenize(parse_record({"id": 1, "document": parts}, "x"), [ItemLayout("image", (PatchGrid(1, 2, 2),))], tokenizer, "keye_vl_1_5")
+    record = parse_record({"id": 1, "document": parts}, "x")
+    sample = tokenize(record, [ItemLayout("image", (PatchGrid(1, 2, 2),))], tokenizer, "keye_vl_1_5")
     cut = sample.truncated(6)
     assert cut.token_ids.tolist() == sample.token_ids[:6].tolist()
     assert cut.supervised.tolist() == sample.supervised[:6].tolist()
