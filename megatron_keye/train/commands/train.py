@@ -1,0 +1,56 @@
+"""`keye train`: train a model, or go on with a run."""
+
+import argparse
+import os
+
+from megatron_keye.config.schema import RunConfig
+from megatron_keye.train.commands import add_settings_arguments, settings_from
+
+HELP = """Train a model. The same command again goes on where the run was, or says that it is complete.
+
+Start it with launch/local.sh on one machine, or under torchrun; alone it trains on one process."""
+EXAMPLES = """\
+  launch/local.sh -n 2 debug --run-dir runs/debug                 # two processes, data-parallel
+  launch/local.sh -n 4 debug --run-dir runs/tp2pp2 --set parallel.tp=2 parallel.pp=2
+  keye train debug --dry-run                                      # settings, layout, sizes and first plan; starts nothing
+  keye train debug --dry-run --processes 4 --set parallel.cp=2    # the same as it would be on four
+  touch runs/debug/STOP                                           # end at the next step, with a checkpoint
+  touch runs/debug/SAVE                                           # checkpoint at the next step and go on"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add_settings_arguments(parser)
+    parser.add_argument("--run-dir", metavar="DIR", help="where the run lives (default: runs/NAME of the settings)")
+    parser.add_argument("--dry-run", action="store_true", help="show what would run, and start nothing")
+    parser.add_argument("--processes", type=int, metavar="N", help="with --dry-run: for N processes")
+
+
+def run(args: argparse.Namespace) -> int:
+    config = settings_from(args)
+    if args.dry_run:
+        from megatron_keye.train.dry_run import describe
+
+        processes = args.processes or int(os.environ.get("WORLD_SIZE", "1"))
+        print(describe(config, processes))
+        return 0
+    name = os.path.splitext(os.path.basename(args.settings))[0]
+    return _train(config, args.run_dir or os.path.join("runs", name))
+
+
+def _train(config: RunConfig, path: str) -> int:
+    from megatron_keye.train import runtime
+    from megatron_keye.train.loop import Training
+    from megatron_keye.train.run_dir import RunDir
+
+    run_dir = RunDir(path)
+    run_dir.create()
+    if run_dir.is_done:
+        if os.environ.get("RANK", "0") == "0":
+            print(f"{run_dir.path} is complete; choose another --run-dir to train again, or delete {run_dir.path}/DONE to train on")
+        return 0
+    started = runtime.start(config)
+    try:
+        Training(config, run_dir, started).run()
+    finally:
+        runtime.stop()
+    return 0

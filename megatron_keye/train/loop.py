@@ -1,0 +1,198 @@
+"""The training loop: resume, then step, record, evaluate, save, until the last step or a request to stop.
+
+A step is committed by the checkpoint that holds its weights together with the cursor after it, so that whatever interrupts a
+run, the next start goes on with the sample after the last one that is in the weights.
+"""
+
+import math
+import time
+from dataclasses import dataclass
+
+from megatron_keye.config.load import dump_config
+from megatron_keye.config.schema import RunConfig
+from megatron_keye.data.dataset import Dataset
+from megatron_keye.data.loader import ReplicaLoader
+from megatron_keye.data.tokenizer import KeyeTokenizer, load_tokenizer
+from megatron_keye.errors import DataError, KeyeError, NumericError, SettingsError
+from megatron_keye.plan.cursor import Cursor, ResumeState, RunIdentity, check_resumable
+from megatron_keye.train.build import build_model, build_optimizer
+from megatron_keye.train.checkpointing import Checkpointer
+from megatron_keye.train.consensus import raise_together
+from megatron_keye.train.control import Control
+from megatron_keye.train.feed import Feed, FedStep
+from megatron_keye.train.placement import Planner
+from megatron_keye.train.recorder import Recorder, StepRecord
+from megatron_keye.train.run_dir import RunDir, write_atomically
+from megatron_keye.train.runtime import Runtime
+from megatron_keye.train.schedule import lr_factor
+from megatron_keye.train.step import StepResult, TrainStep
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """The data side of a run."""
+
+    tokenizer: KeyeTokenizer
+    train: Dataset
+    valid: Dataset | None
+
+
+def open_inputs(config: RunConfig, runtime: Runtime) -> Inputs:
+    """Open tokenizer and indices. A failure on any rank is raised on all of them."""
+    inputs, failure = None, None
+    try:
+        tokenizer = load_tokenizer(config.data.tokenizer, config.model.variant)
+        if tokenizer.vocab_size > config.model.decoder.vocab_size:
+            raise SettingsError(
+                f"the tokenizer at {config.data.tokenizer} has {tokenizer.vocab_size} ids, and model.decoder.vocab_size is "
+                f"{config.model.decoder.vocab_size}; use the model's own tokenizer, or raise vocab_size for a fresh model"
+            )
+        train = Dataset.open(config.data.train, tokenizer, config.model.variant, config.data)
+        valid = None
+        if config.data.valid is not None:
+            valid = Dataset.open(config.data.valid, tokenizer, config.model.variant, config.data)
+        inputs = Inputs(tokenizer, train, valid)
+    except KeyeError as error:
+        failure = error
+    raise_together(failure, runtime.groups.world, runtime.device)
+    return inputs
+
+
+class Training:
+    """One run on this rank."""
+
+    def __init__(self, config: RunConfig, run_dir: RunDir, runtime: Runtime):
+        self.config, self.run_dir, self.runtime = config, run_dir, runtime
+        run_dir.heartbeat(runtime.groups.rank, 0, "setup")
+        self.inputs = open_inputs(config, runtime)
+        self.model = build_model(config, runtime.groups, runtime.device)
+        self.step = TrainStep(self.model, build_optimizer(self.model))
+        self.planner = Planner(config, runtime.groups.grid.dp)
+        self.identity = RunIdentity(config.train.seed, self.inputs.train.fingerprint, config.data.global_batch_samples)
+        self.checkpointer = Checkpointer(
+            run_dir.checkpoints, self.model, self.step.optimizer, self.inputs.tokenizer.fingerprint, config.train.keep_checkpoints
+        )
+        self.control = Control(run_dir, runtime.groups, runtime.device)
+
+    def run(self) -> None:
+        """Train to the last step, or to a request to stop. Raises KeyeError subclasses that carry the exit code."""
+        cursor = self._resume()
+        self.recorder = Recorder(self.run_dir, self.runtime, self.planner, cursor.step, self.config.train.steps)
+        try:
+            self._announce(cursor)
+            cursor, stopped = self._steps(cursor)
+            if not stopped:
+                self._finish(cursor)
+        finally:
+            self.recorder.close()
+
+    def _steps(self, cursor: Cursor) -> tuple[Cursor, bool]:
+        """Train from `cursor` on; returns where it ended, and whether that was by request."""
+        settings = self.config.train
+        feed = self._feed(self.inputs.train, cursor)
+        nonfinite_steps = skipped_samples = 0
+        try:
+            while cursor.step < settings.steps:
+                self._heartbeat(cursor, "step")
+                fed, result = self._one_step(feed)
+                cursor = fed.after
+                nonfinite_steps += int(not math.isfinite(result.grad_norm))
+                skipped_samples += len(fed.skipped)
+                self._check_limits(nonfinite_steps, skipped_samples)
+                requests = self.control.poll()
+                due = cursor.step % settings.save_every_steps == 0 or cursor.step == settings.steps
+                if due or requests.save or requests.stop:
+                    self._save(cursor)
+                if requests.stop and cursor.step < settings.steps:
+                    self.recorder.say(f"stopped on request after step {cursor.step}; the same command goes on from there")
+                    return cursor, True
+                if settings.valid_every_steps and cursor.step % settings.valid_every_steps == 0 and cursor.step < settings.steps:
+                    self._validate(cursor)
+        finally:
+            feed.close()
+        return cursor, False
+
+    def _one_step(self, feed: Feed) -> tuple[FedStep, StepResult]:
+        began_s = time.perf_counter()
+        fed = feed.next_step()
+        factor = lr_factor(fed.plan.step, self.config)
+        result = self.step.run(fed.batch, factor)
+        took_s = time.perf_counter() - began_s
+        lr = self.config.optimizer.lr * factor
+        self.recorder.record(StepRecord(fed, result, lr, took_s, len(self.inputs.train)))
+        return fed, result
+
+    def _feed(self, dataset: Dataset, cursor: Cursor) -> Feed:
+        data = self.config.data
+        loader = None
+        if self.runtime.groups.is_leader:
+            skip_bad = data.bad_sample == "skip"
+            pad_id = self.inputs.tokenizer.specials.endoftext
+            loader = ReplicaLoader(dataset, pad_id=pad_id, threads=data.decode_threads, skip_bad=skip_bad)
+        return Feed(self.config, self.runtime.groups, dataset, loader, self.planner, cursor, self.runtime.device)
+
+    def _validate(self, cursor: Cursor) -> None:
+        """The mean loss of the first `valid_steps` steps of the held-out set, always the same samples."""
+        if self.inputs.valid is None:
+            return
+        feed = self._feed(self.inputs.valid, Cursor())
+        total = supervised = 0.0
+        try:
+            for _ in range(self.config.train.valid_steps):
+                self._heartbeat(cursor, "eval")
+                fed = feed.next_step()
+                total += self.step.evaluate(fed.batch) * fed.batch.num_supervised
+                supervised += fed.batch.num_supervised
+                if self.control.poll().stop:
+                    break
+        finally:
+            feed.close()
+        self.recorder.validated(cursor.step, total / max(supervised, 1.0))
+
+    def _resume(self) -> Cursor:
+        self.run_dir.heartbeat(self.runtime.groups.rank, 0, "load")
+        text = self.checkpointer.load_latest()
+        if text is None:
+            return Cursor()
+        saved = ResumeState.from_json(text)
+        check_resumable(saved, self.identity)
+        return saved.cursor
+
+    def _save(self, cursor: Cursor) -> None:
+        self._heartbeat(cursor, "save")
+        self.checkpointer.save(cursor.step, ResumeState(cursor, self.identity).to_json())
+        if self.runtime.is_main:
+            self.run_dir.answer("SAVE")
+
+    def _finish(self, cursor: Cursor) -> None:
+        self._validate(cursor)
+        if self.runtime.is_main:
+            self.run_dir.mark_done(cursor.step)
+        self.recorder.say(f"complete: {cursor.step} steps, {cursor.position} samples; checkpoints in {self.run_dir.checkpoints}")
+
+    def _announce(self, cursor: Cursor) -> None:
+        if self.runtime.is_main:
+            write_atomically(self.run_dir.config, dump_config(self.config))
+            self.run_dir.answer("STOP")
+        train = self.inputs.train
+        for sample_id, reason in train.rejected[:10]:
+            self.recorder.say(f"left out of the training set: {sample_id}: {reason}")
+        if len(train.rejected) > 10:
+            self.recorder.say(f"... and {len(train.rejected) - 10} more that do not fit a row")
+        start = f"resuming at step {cursor.step}" if cursor.step else "starting"
+        self.recorder.say(f"{start}: {len(train)} samples, {self.config.train.steps} steps, layout {self.runtime.groups.grid}")
+
+    def _check_limits(self, nonfinite_steps: int, skipped_samples: int) -> None:
+        if nonfinite_steps > self.config.train.max_nonfinite_steps:
+            raise NumericError(
+                f"{nonfinite_steps} steps had gradients that were not finite, and train.max_nonfinite_steps is "
+                f"{self.config.train.max_nonfinite_steps}; lower optimizer.lr, or look at the data of those steps in ledger.jsonl"
+            )
+        if skipped_samples > self.config.data.max_skipped_samples:
+            raise DataError(
+                f"{skipped_samples} samples could not be read, and data.max_skipped_samples is "
+                f"{self.config.data.max_skipped_samples}; ledger.jsonl names each with its reason"
+            )
+
+    def _heartbeat(self, cursor: Cursor, phase: str) -> None:
+        self.run_dir.heartbeat(self.runtime.groups.rank, cursor.step, phase)
