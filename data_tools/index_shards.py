@@ -18,7 +18,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from megatron_keye.config.schema import Variant, VideoConfig
-from megatron_keye.data.index import ShardRows
+from megatron_keye.data.index_tables import ShardIndex
 from megatron_keye.data.indexing import index_folder, save_index
 from megatron_keye.data.shards import list_shards
 from megatron_keye.data.writing import Problem, format_problems
@@ -32,14 +32,14 @@ def main() -> int:
     except KeyeError as error:
         print(f"index_shards: {error}", file=sys.stderr)
         return error.exit_code
-    print(f"{arguments.folder}: indexed {sum(len(s.rows) for s in shards)} samples of {len(shards)} shards")
+    print(f"{arguments.folder}: indexed {sum(s.num_samples for s in shards)} samples of {len(shards)} shards")
     problems = _problems(shards)
     if problems:
         print(f"left out {len(problems)}, listed with reasons in index/index.json:\n{format_problems(problems)}", file=sys.stderr)
     return 0
 
 
-def make(arguments: argparse.Namespace, video: VideoConfig) -> list[ShardRows]:
+def make(arguments: argparse.Namespace, video: VideoConfig) -> list[ShardIndex]:
     """Index all shards and write the index, unless there are problems that must not be skipped."""
     source = (arguments.folder, arguments.tokenizer, arguments.variant, video)
     counter = TextColumn("{task.fields[samples]} samples")
@@ -47,8 +47,8 @@ def make(arguments: argparse.Namespace, video: VideoConfig) -> list[ShardRows]:
     with Progress(*columns, console=Console(stderr=True)) as progress:
         bar = progress.add_task("", total=len(list_shards(arguments.folder)), samples=0)
 
-        def on_shard(rows: ShardRows) -> None:
-            progress.update(bar, advance=1, samples=progress.tasks[bar].fields["samples"] + len(rows.rows))
+        def on_shard(indexed: ShardIndex) -> None:
+            progress.update(bar, advance=1, samples=progress.tasks[bar].fields["samples"] + indexed.num_samples)
 
         shards = index_folder(*source, workers=arguments.workers, on_shard=on_shard)
     problems = _problems(shards)
@@ -61,7 +61,7 @@ def make(arguments: argparse.Namespace, video: VideoConfig) -> list[ShardRows]:
     return shards
 
 
-def _problems(shards: list[ShardRows]) -> tuple[Problem, ...]:
+def _problems(shards: list[ShardIndex]) -> tuple[Problem, ...]:
     return tuple(Problem(place, reason) for s in shards for place, reason in s.problems)
 
 

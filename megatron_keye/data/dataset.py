@@ -14,7 +14,7 @@ from megatron_keye.config.schema import DataConfig, Variant
 from megatron_keye.contract.media import SampleShape
 from megatron_keye.data.fit import Fitted, Rejected, fit, row_limit_tokens
 from megatron_keye.data.index import Index, Made, open_index
-from megatron_keye.data.indexing import made_with
+from megatron_keye.data.indexing import image_limits, made_with
 from megatron_keye.data.items import MediaRules, load_patches, media_rules, sample_frames
 from megatron_keye.data.record import Record, parse_record
 from megatron_keye.data.shards import check_sha256, parse_json, read_span
@@ -28,6 +28,9 @@ TAGGING_RULES = ("min_frame_similarity", "block_similarity")
 SAMPLING_RULES = ("fps", "min_frame_tokens", "total_tokens", "max_frames")
 """Video rules that decide which frames are taken, but may change where they take the same ones. The others set sizes only."""
 
+SIZE_RULES = ("min_frame_tokens", "max_frame_tokens", "total_tokens", "fast_token_ratio")
+"""Video rules that a frame's size grows with."""
+
 
 class Dataset:
     """Samples that fit a row, numbered from 0 in index order. All methods may be called from several threads."""
@@ -39,16 +42,8 @@ class Dataset:
         self._limit_tokens = limit_tokens
         self.fingerprint = fingerprint
         """Changes with the data, the tokenizer, and every setting that changes a sample."""
-        usable, rejected = [], []
-        for number in range(len(index)):
-            result = fit(index.facts(number), rules, limit_tokens)
-            if isinstance(result, Rejected):
-                rejected.append((index.key_and_id(number)[1], result.reason))
-            else:
-                usable.append(number)
-        self._usable = np.array(usable, dtype=np.int64)
-        self.rejected: list[tuple[str, str]] = rejected
-        """(id, reason) of the samples that do not fit."""
+        self._usable, self.rejected = _usable(index, rules, limit_tokens)
+        """`rejected` lists (id, reason) of the samples that do not fit."""
         self._fit = lru_cache(CACHED_FITS)(self._fit_sample)
 
     @classmethod
@@ -163,6 +158,27 @@ class Shapes(Sequence[SampleShape]):
         return self._dataset.shape(sample)
 
 
+def _usable(index: Index, rules: MediaRules, limit_tokens: int) -> tuple[np.ndarray, list[tuple[str, str]]]:
+    """int64 numbers of the samples that can be made to fit, and (id, reason) of the others."""
+    usable = index.full_lengths() <= limit_tokens if _at_most_indexed(index.made, rules) else np.zeros(len(index), dtype=bool)
+    rejected = []
+    for number in np.flatnonzero(~usable).tolist():
+        result = fit(index.facts(number), rules, limit_tokens)
+        if isinstance(result, Rejected):
+            rejected.append((index.key_and_id(number)[1], result.reason))
+        else:
+            usable[number] = True
+    return np.flatnonzero(usable), rejected
+
+
+def _at_most_indexed(made: Made, rules: MediaRules) -> bool:
+    """Whether no medium can be larger than when it was indexed: then most samples are known to fit without a look at them."""
+    video = asdict(rules.video)
+    sizes = [(image_limits(rules)[name], made.image[name]) for name in made.image]
+    sizes += [(video[name], made.video[name]) for name in SIZE_RULES]
+    return all(now <= then for now, then in sizes)
+
+
 def _check_made(folder: Path, index: Index, now: Made) -> None:
     """Raises DataError where tokens, frames or pixels would not be those that were indexed."""
     then_values, now_values = _comparable(index.made), _comparable(now)
@@ -174,6 +190,7 @@ def _check_made(folder: Path, index: Index, now: Made) -> None:
 def _comparable(made: Made) -> dict[str, object]:
     values = asdict(made)
     video = values.pop("video")
+    values.pop("image")
     return values | {f"video.{name}": video[name] for name in TAGGING_RULES}
 
 
@@ -182,14 +199,12 @@ def _check_sampling(folder: Path, index: Index, rules: MediaRules) -> None:
     now = asdict(rules.video)
     if all(index.made.video[name] == now[name] for name in SAMPLING_RULES):
         return
-    for number in range(len(index)):
-        for item in index.facts(number).items:
-            if item.frames is None:
-                continue
-            frames = sample_frames(item.frames.clip_frames, item.frames.clip_fps, item.options, rules)
-            if not np.array_equal(frames.numbers, item.frames.numbers):
-                raise DataError(
-                    f"the index of {folder} holds {len(item.frames.numbers)} frames of a video of record {index.key_and_id(number)[1]}, "
-                    f"but the settings take {len(frames.numbers)}; set {', '.join(f'video.{n}' for n in SAMPLING_RULES)} as they were, "
-                    "or run data_tools/index_shards.py again"
-                )
+    for sample, item in index.distinct_clips():
+        found = len(item.frames.numbers)
+        taken = len(sample_frames(item.frames.clip_frames, item.frames.clip_fps, item.options, rules).numbers)
+        if taken != found:
+            raise DataError(
+                f"the index of {folder} holds {found} frames of a video of record {index.key_and_id(sample)[1]}, but the settings "
+                f"take {taken}; set {', '.join(f'video.{name}' for name in SAMPLING_RULES)} as they were, "
+                "or run data_tools/index_shards.py again"
+            )

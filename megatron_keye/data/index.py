@@ -5,9 +5,8 @@ Planning reads nothing else: text token counts, native sizes, slow-fast tags, an
 
 import hashlib
 import json
-import shutil
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +24,9 @@ IMAGE, VIDEO = 0, 1
 ITEM_OPTIONS = ("min_pixels", "max_pixels", "resized_height", "resized_width", "total_pixels", "fps", "max_frames")
 """Columns of the item table for wishes of the record; 0 where it has none."""
 
+CLIP_COLUMNS = ("clip_frames", "clip_fps", "num_frames", "min_pixels", "total_pixels", "fps", "max_frames")
+"""Columns of the item table that decide which frames of a video are sampled, and how many were."""
+
 TABLES = {
     "samples": np.dtype(
         [
@@ -38,7 +40,9 @@ TABLES = {
             ("num_items", "<i4"),
             ("first_segment", "<i8"),
             ("num_segments", "<i4"),
-            ("tail_tokens", "<i4"),
+            ("tail_tokens", "<i4"),  # text after the last attention segment
+            ("text_tokens", "<i4"),
+            ("visual_tokens", "<i4"),  # under the media rules that the index was made with
             ("supervised_tokens", "<i4"),
             ("first_supervised", "<i4"),  # -1 where nothing is
             ("task", "<i4"),  # number in the list of the JSON file, -1 for none
@@ -68,43 +72,17 @@ TABLES = {
 
 @dataclass(frozen=True, slots=True)
 class Made:
-    """What an index was made with. It fits a run only where all of it is the same."""
+    """What an index was made with. Of the media rules, those that decide about frames must be a run's; sizes may differ."""
 
     variant: str
     tokenizer: str
     """Fingerprint."""
     template: int
     decoder: str
+    image: Mapping[str, Any]
+    """Limits of images, in tokens."""
     video: Mapping[str, Any]
-    """`VideoRules` as a dict: they decide which frames are sampled and how they are tagged."""
-
-
-@dataclass(frozen=True, slots=True)
-class SampleRow:
-    """One indexed sample, before its shard is merged into the tables."""
-
-    key: str
-    id: str
-    record: Span
-    record_crc32: int
-    items: tuple[Item, ...]
-    media: tuple[Span, ...]
-    gap_tokens: tuple[int, ...]
-    tail_tokens: int
-    supervised_tokens: int
-    first_supervised: int | None
-    task: str | None
-    source: str | None
-
-
-@dataclass(frozen=True, slots=True)
-class ShardRows:
-    """Everything indexed in one shard, and the samples that could not be, as (place, reason)."""
-
-    name: str
-    num_bytes: int
-    rows: tuple[SampleRow, ...]
-    problems: tuple[tuple[str, str], ...]
+    """`VideoRules` as a dict."""
 
 
 class Index:
@@ -150,6 +128,21 @@ class Index:
 
     def supervised_tokens(self, sample: int) -> int:
         return int(self._tables["samples"]["supervised_tokens"][sample])
+
+    def full_lengths(self) -> np.ndarray:
+        """int64 [len]: tokens of every sample under the media rules that the index was made with."""
+        samples = self._tables["samples"]
+        return samples["text_tokens"].astype(np.int64) + samples["visual_tokens"]
+
+    def distinct_clips(self) -> Iterator[tuple[int, Item]]:
+        """Yields the videos that differ in what decides which frames are sampled, each with a sample that has it."""
+        items = self._tables["items"]
+        videos = np.flatnonzero(items["kind"] == VIDEO)
+        columns = np.stack([items[name][videos].astype(np.float64) for name in CLIP_COLUMNS], axis=1)
+        _, first = np.unique(columns, axis=0, return_index=True)
+        for number in videos[np.sort(first)]:
+            sample = int(np.searchsorted(self._tables["samples"]["first_item"], number, side="right")) - 1
+            yield sample, self._item(items[number])
 
     def facts(self, sample: int) -> SampleFacts:
         """What `fit` decides from."""
@@ -201,68 +194,6 @@ def open_index(folder: Path) -> Index:
     for shard in meta["shards"]:
         _check_shard(folder / shard["name"], shard["bytes"], remedy)
     return index
-
-
-def write_index(folder: Path, made: Made, shards: list[ShardRows]) -> None:
-    """Write the index of `shards`, in this order, in place of an older one."""
-    tables, tasks, sources = _build_tables(shards)
-    partial, final = folder / f"{INDEX_FOLDER}.partial", folder / INDEX_FOLDER
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir()
-    for name, table in tables.items():
-        np.save(partial / f"{name}.npy", table, allow_pickle=False)
-    meta = {
-        "format": FORMAT_VERSION,
-        "made": asdict(made),
-        "shards": [{"name": s.name, "bytes": s.num_bytes, "samples": len(s.rows)} for s in shards],
-        "tasks": tasks,
-        "sources": sources,
-        "rows": {name: len(table) for name, table in tables.items()},
-        "sha256": {name: hashlib.sha256(table.tobytes()).hexdigest() for name, table in tables.items()},
-        "skipped": [problem for s in shards for problem in s.problems],
-    }
-    (partial / META_FILE).write_text(json.dumps(meta, indent=1, sort_keys=True), encoding="utf-8")
-    shutil.rmtree(final, ignore_errors=True)
-    partial.rename(final)
-
-
-def _build_tables(shards: list[ShardRows]) -> tuple[dict[str, np.ndarray], list[str], list[str]]:
-    """The tables, and the names of tasks and sources in order of first appearance."""
-    lists: dict[str, list] = {name: [] for name in TABLES}
-    tasks: dict[str, int] = {}
-    sources: dict[str, int] = {}
-    names = bytearray()
-    for number, shard in enumerate(shards):
-        for row in shard.rows:
-            name = f"{row.key}\n{row.id}".encode()
-            place = (number, row.record.offset, row.record.num_bytes, row.record_crc32, len(names), len(name))
-            parts = (len(lists["items"]), len(row.items), len(lists["gaps"]), len(row.gap_tokens))
-            text = (row.tail_tokens, row.supervised_tokens, -1 if row.first_supervised is None else row.first_supervised)
-            labels = (_number_of(tasks, row.task), _number_of(sources, row.source))
-            lists["samples"].append((*place, *parts, *text, *labels))
-            names += name
-            lists["gaps"].extend(row.gap_tokens)
-            for item, span in zip(row.items, row.media, strict=True):
-                lists["items"].append(_item_row(item, span, len(lists["frames"])))
-                if item.frames is not None:
-                    lists["frames"].extend(zip(item.frames.numbers, item.frames.timestamps_s, item.frames.tags, strict=True))
-    tables = {name: np.array(lists[name], dtype=dtype) for name, dtype in TABLES.items() if name != "names"}
-    tables["names"] = np.frombuffer(bytes(names), dtype=TABLES["names"])
-    return tables, list(tasks), list(sources)
-
-
-def _item_row(item: Item, span: Span, first_frame: int) -> tuple:
-    if item.frames is None:
-        clip = (first_frame, 0, 0.0, 0, 0.0)
-    else:
-        clip = (first_frame, len(item.frames.numbers), item.frames.rate, item.frames.clip_frames, item.frames.clip_fps)
-    kind = IMAGE if item.frames is None else VIDEO
-    wishes = (item.options.get(name, 0) for name in ITEM_OPTIONS)
-    return (kind, span.offset, span.num_bytes, item.height, item.width, *clip, *wishes)
-
-
-def _number_of(names: dict[str, int], name: str | None) -> int:
-    return -1 if name is None else names.setdefault(name, len(names))
 
 
 def _open_table(path: Path, name: str, num_rows: int) -> np.ndarray:

@@ -5,10 +5,13 @@ from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 
+import cv2
 import numpy as np
+import torch
 
 from megatron_keye.config.schema import ImageConfig, Variant, VideoConfig
-from megatron_keye.data.index import Made, SampleRow, ShardRows, write_index
+from megatron_keye.data.index import Made
+from megatron_keye.data.index_tables import SampleRow, ShardIndex, shard_index, write_index
 from megatron_keye.data.items import Item, MediaRules, describe, media_rules, resolve
 from megatron_keye.data.media.video import DECODER_ID
 from megatron_keye.data.record import Record, parse_record
@@ -22,7 +25,11 @@ from megatron_keye.errors import DataError
 
 def made_with(tokenizer: KeyeTokenizer, rules: MediaRules) -> Made:
     """What an index is made with here and now, to store in it or to compare with it."""
-    return Made(rules.variant, tokenizer.fingerprint, TEMPLATE_VERSION, DECODER_ID, asdict(rules.video))
+    return Made(rules.variant, tokenizer.fingerprint, TEMPLATE_VERSION, DECODER_ID, image_limits(rules), asdict(rules.video))
+
+
+def image_limits(rules: MediaRules) -> dict[str, int]:
+    return {"min_tokens": rules.image_min_tokens, "max_tokens": rules.image_max_tokens}
 
 
 def index_folder(
@@ -31,8 +38,8 @@ def index_folder(
     variant: Variant,
     video: VideoConfig,
     workers: int = 1,
-    on_shard: Callable[[ShardRows], None] = lambda rows: None,
-) -> list[ShardRows]:
+    on_shard: Callable[[ShardIndex], None] = lambda indexed: None,
+) -> list[ShardIndex]:
     """Index all shards of `folder`; does not write. Samples that cannot be used are in the result, as problems.
 
     Raises DataError for a folder without shards or a damaged shard, SettingsError for the tokenizer or the video settings.
@@ -41,15 +48,15 @@ def index_folder(
     rules = media_rules(ImageConfig(), video, variant)
     jobs = [(shard, tokenizer_folder, rules) for shard in list_shards(folder)]
     done = []
-    for rows in run_jobs(_index_shard, jobs, workers):
-        on_shard(rows)
-        done.append(rows)
-    return sorted(done, key=lambda rows: rows.name)
+    for indexed in run_jobs(_index_shard, jobs, workers, initializer=_one_thread):
+        on_shard(indexed)
+        done.append(indexed)
+    return sorted(done, key=lambda indexed: indexed.name)
 
 
-def save_index(folder: Path, tokenizer_folder: Path, variant: Variant, video: VideoConfig, shards: list[ShardRows]) -> None:
+def save_index(folder: Path, tokenizer_folder: Path, variant: Variant, video: VideoConfig, shards: list[ShardIndex]) -> None:
     """Write what `index_folder` found. Raises DataError where no sample can be used."""
-    if not any(s.rows for s in shards):
+    if not any(s.num_samples for s in shards):
         problems = [reason for s in shards for _, reason in s.problems]
         why = f"; the first of {len(problems)} problems: {problems[0]}" if problems else ": the shards are empty"
         raise DataError(f"the data set at {folder} has no usable sample{why}")
@@ -57,7 +64,13 @@ def save_index(folder: Path, tokenizer_folder: Path, variant: Variant, video: Vi
     write_index(folder, made_with(load_tokenizer(tokenizer_folder, variant), rules), shards)
 
 
-def _index_shard(shard: Path, tokenizer_folder: Path, rules: MediaRules) -> ShardRows:
+def _one_thread() -> None:
+    """One worker per core is given: threads of their own would only get in each other's way."""
+    torch.set_num_threads(1)
+    cv2.setNumThreads(1)
+
+
+def _index_shard(shard: Path, tokenizer_folder: Path, rules: MediaRules) -> ShardIndex:
     tokenizer = load_tokenizer(tokenizer_folder, rules.variant)
     rows, problems = [], []
     for key, members in iter_samples(shard):
@@ -67,7 +80,7 @@ def _index_shard(shard: Path, tokenizer_folder: Path, rules: MediaRules) -> Shar
         except DataError as error:
             text = str(error)
             problems.append((place, text if text.startswith(place) else f"{place}: {text}"))
-    return ShardRows(shard.name, shard.stat().st_size, tuple(rows), tuple(problems))
+    return shard_index(shard.name, shard.stat().st_size, rows, problems)
 
 
 def _index_sample(shard: Path, key: str, members: dict[str, Span], tokenizer: KeyeTokenizer, rules: MediaRules) -> SampleRow:
@@ -77,7 +90,6 @@ def _index_sample(shard: Path, key: str, members: dict[str, Span], tokenizer: Ke
     record = parse_record(parse_json(text, f"{shard.name}:{key}"), f"{shard.name}:{key}")
     items, spans = _describe_media(shard, f"{shard.name}:{key}, record {record.id}", record, members, rules)
     sample = tokenize(record, [resolve(item, rules).layout for item in items], tokenizer, rules.variant)
-    shape = sample.shape
     return SampleRow(
         key=key,
         id=record.id,
@@ -85,8 +97,7 @@ def _index_sample(shard: Path, key: str, members: dict[str, Span], tokenizer: Ke
         record_crc32=zlib.crc32(text),
         items=items,
         media=spans,
-        gap_tokens=tuple(s.gap_tokens for s in shape.segments),
-        tail_tokens=shape.num_tokens - shape.num_visual_tokens - sum(s.gap_tokens for s in shape.segments),
+        shape=sample.shape,
         supervised_tokens=int(sample.supervised.sum()),
         first_supervised=_first_supervised(sample),
         task=record.task,

@@ -2,14 +2,15 @@
 
 import shutil
 from collections.abc import Callable, Iterator
-from concurrent.futures import Executor, Future, ProcessPoolExecutor, as_completed
+from concurrent.futures import Future, ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from multiprocessing import get_context
 from pathlib import Path
 
 from megatron_keye.data.record import parse_record
 from megatron_keye.data.shards import encode_sample, media_bytes, parse_json
-from megatron_keye.errors import DataError
+from megatron_keye.errors import DataError, KeyeError
 
 MAX_LISTED_PROBLEMS = 20
 
@@ -99,18 +100,22 @@ def write_shards(
         shutil.rmtree(partial, ignore_errors=True)
 
 
-def run_jobs(function: Callable, jobs: list[tuple], workers: int) -> Iterator:
-    """Results of `function(*job)` as they complete, in `workers` processes, or in this one where that is 1."""
+def run_jobs(function: Callable, jobs: list[tuple], workers: int, initializer: Callable[[], None] | None = None) -> Iterator:
+    """Results of `function(*job)` as they complete, in `workers` processes, or in this one where that is 1.
+
+    `initializer` is called first in every process that is started. Raises KeyeError where a process dies, and what `function` raises.
+    """
     workers = min(workers, len(jobs))
     if workers == 1:
         yield from (function(*job) for job in jobs)
         return
-    pool: Executor
-    with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
+    with ProcessPoolExecutor(workers, mp_context=get_context("spawn"), initializer=initializer) as pool:
         futures: list[Future] = [pool.submit(function, *job) for job in jobs]
         try:
             for future in as_completed(futures):
                 yield future.result()
+        except BrokenProcessPool as error:
+            raise KeyeError("a worker process died, most likely for want of memory; try again with fewer --workers") from error
         finally:
             pool.shutdown(cancel_futures=True)
 

@@ -51,7 +51,7 @@ def write_corpus(folder: Path, num_records: int, seed: int = 0) -> Path:
 
 
 def _record(rng: random.Random, number: int) -> dict:
-    head = {"id": f"r{number}", "task": rng.choice(["count", "read"]), "source": "corpus"}
+    head = {"id": f"r{number}"} | rng.choice([{}, {"task": "read", "source": "a"}, {"task": "count", "source": f"s{number}"}])
     if rng.random() < 0.3:
         return head | {"document": _parts(rng)}
     messages = []

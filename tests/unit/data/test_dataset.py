@@ -9,8 +9,10 @@ import pytest
 
 from megatron_keye.config.schema import DataConfig, ImageConfig, VideoConfig
 from megatron_keye.data.dataset import Dataset
+from megatron_keye.data.fit import Fitted, fit, row_limit_tokens
 from megatron_keye.data.index import open_index
 from megatron_keye.data.indexing import index_folder, save_index
+from megatron_keye.data.items import media_rules
 from megatron_keye.data.shards import iter_samples, list_shards
 from megatron_keye.data.tokenizer import load_tokenizer
 from megatron_keye.errors import DataError
@@ -64,6 +66,17 @@ def test_every_way_to_fit_occurs(indexed, tokenizer_folder):
     assert tiny.rejected
 
 
+@pytest.mark.parametrize("settings", [SETTINGS["tiny"], config(130, image=ImageConfig(min_tokens=40))])
+def test_usable_samples_are_those_that_can_be_made_to_fit(indexed, tokenizer_folder, settings):
+    # The second has images larger than when they were indexed, so that lengths in the index prove nothing.
+    dataset, index = open_set(indexed, tokenizer_folder, settings=settings), open_index(indexed["keye_vl_1_5"])
+    rules = media_rules(settings.image, settings.video, "keye_vl_1_5")
+    limit = row_limit_tokens(settings.seq_length_tokens, settings.pad_multiple_tokens)
+    fits = [isinstance(fit(index.facts(i), rules, limit), Fitted) for i in range(60)]
+    assert [dataset.sample_id(i) for i in range(len(dataset))] == [f"r{i}" for i in range(60) if fits[i]]
+    assert [sample_id for sample_id, _ in dataset.rejected] == [f"r{i}" for i in range(60) if not fits[i]]
+
+
 def test_a_1_5_video_has_one_segment_per_frame_and_a_preview_clip_one(indexed, tokenizer_folder):
     frames, clips = (open_set(indexed, tokenizer_folder, variant) for variant in VARIANTS)
     assert all(s.grid.t == 1 for shape in frames.shapes for s in shape.segments)
@@ -78,9 +91,9 @@ def test_fields_of_a_record_are_carried(indexed, tokenizer_folder, corpus):
     dataset = open_set(indexed, tokenizer_folder)
     written = [json.loads(line) for line in corpus.read_text().splitlines()]
     assert [dataset.sample_id(i) for i in range(len(dataset))] == [r["id"] for r in written]
-    assert [dataset.task(i) for i in range(len(dataset))] == [r["task"] for r in written]
+    assert [dataset.task(i) for i in range(len(dataset))] == [r.get("task") for r in written]
     assert [dataset.answer(i) for i in range(len(dataset))] == [r.get("answer") for r in written]
-    assert dataset.source(0) == "corpus"
+    assert [dataset.source(i) for i in range(len(dataset))] == [r.get("source") for r in written]
 
 
 def test_supervision_follows_the_index(indexed, tokenizer_folder):

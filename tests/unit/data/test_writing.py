@@ -3,6 +3,7 @@
 import base64
 import hashlib
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -12,8 +13,8 @@ from data_tools import index_shards, inspect_data, make_shards
 from megatron_keye.data.index import open_index
 from megatron_keye.data.record import parse_record
 from megatron_keye.data.shards import Span, iter_samples, list_shards, media_bytes, read_span
-from megatron_keye.data.writing import plan_shards, write_shards
-from megatron_keye.errors import DataError
+from megatron_keye.data.writing import plan_shards, run_jobs, write_shards
+from megatron_keye.errors import DataError, KeyeError
 from tests.unit.data.corpus import png
 
 
@@ -133,6 +134,11 @@ def test_reading_past_the_end_or_a_missing_shard_is_named(indexed, tmp_path):
         read_span(tmp_path / "gone.tar", Span(0, 1))
 
 
+def test_a_worker_that_dies_is_an_error_and_no_hang():
+    with pytest.raises(KeyeError, match="a worker process died"):
+        list(run_jobs(os._exit, [(9,), (9,)], workers=2))
+
+
 @pytest.fixture
 def run_tool(monkeypatch, capsys):
     """Runs the main function of a tool; its exit code and what it printed to stdout and stderr."""
@@ -150,7 +156,8 @@ def content(folder: Path) -> dict[str, bytes]:
 
 def test_the_tools_with_two_workers_write_what_one_writes(corpus, indexed, tokenizer_folder, tmp_path, run_tool):
     out = tmp_path / "out"
-    code, printed, _ = run_tool(make_shards.main, corpus, out, "--shard-bytes", 40_000, "--workers", 2)
+    # Indexing is what several processes are for; each takes seconds to start, so only it gets two here.
+    code, printed, _ = run_tool(make_shards.main, corpus, out, "--shard-bytes", 40_000, "--workers", 1)
     assert (code, "60 samples" in printed) == (0, True)
     variant = ("--tokenizer", tokenizer_folder, "--variant", "keye_vl_1_5")
     assert run_tool(index_shards.main, out, *variant, "--workers", 2)[0] == 0
