@@ -13,8 +13,7 @@ import numpy as np
 from megatron_keye.config.schema import DataConfig, Variant
 from megatron_keye.contract.media import SampleShape
 from megatron_keye.data.fit import Fitted, Rejected, fit, row_limit_tokens
-from megatron_keye.data.index import Index, Made, open_index
-from megatron_keye.data.indexing import image_limits, made_with
+from megatron_keye.data.index import Index, Made, made_with, open_index
 from megatron_keye.data.items import MediaRules, load_patches, media_rules, sample_frames
 from megatron_keye.data.record import Record, parse_record
 from megatron_keye.data.shards import check_sha256, parse_json, read_span
@@ -55,7 +54,7 @@ class Dataset:
         folder = Path(folder)
         rules = media_rules(data_config.image, data_config.video, variant)
         index = open_index(folder)
-        _check_made(folder, index, made_with(tokenizer, rules))
+        _check_made(folder, index.made, made_with(tokenizer.fingerprint, rules))
         _check_sampling(folder, index, rules)
         limit_tokens = row_limit_tokens(data_config.seq_length_tokens, data_config.pad_multiple_tokens)
         settings = json.dumps([index.fingerprint, asdict(rules), limit_tokens], sort_keys=True)
@@ -174,14 +173,16 @@ def _usable(index: Index, rules: MediaRules, limit_tokens: int) -> tuple[np.ndar
 def _at_most_indexed(made: Made, rules: MediaRules) -> bool:
     """Whether no medium can be larger than when it was indexed: then most samples are known to fit without a look at them."""
     video = asdict(rules.video)
-    sizes = [(image_limits(rules)[name], made.image[name]) for name in made.image]
-    sizes += [(video[name], made.video[name]) for name in SIZE_RULES]
-    return all(now <= then for now, then in sizes)
+    return (
+        rules.image_min_tokens <= made.image["min_tokens"]
+        and rules.image_max_tokens <= made.image["max_tokens"]
+        and all(video[name] <= made.video[name] for name in SIZE_RULES)
+    )
 
 
-def _check_made(folder: Path, index: Index, now: Made) -> None:
+def _check_made(folder: Path, then: Made, now: Made) -> None:
     """Raises DataError where tokens, frames or pixels would not be those that were indexed."""
-    then_values, now_values = _comparable(index.made), _comparable(now)
+    then_values, now_values = _comparable(then), _comparable(now)
     changed = [f"{name} (then {then_values[name]}, now {now_values[name]})" for name in now_values if then_values[name] != now_values[name]]
     if changed:
         raise DataError(f"the index of {folder} was made with another {', another '.join(changed)}; run data_tools/index_shards.py again")

@@ -6,15 +6,17 @@ Planning reads nothing else: text token counts, native sizes, slow-fast tags, an
 import hashlib
 import json
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from megatron_keye.data.fit import SampleFacts
-from megatron_keye.data.items import Frames, Item
+from megatron_keye.data.items import Frames, Item, MediaRules
+from megatron_keye.data.media.video import DECODER_ID
 from megatron_keye.data.shards import Span
+from megatron_keye.data.template import TEMPLATE_VERSION
 from megatron_keye.errors import DataError
 
 FORMAT_VERSION = 1
@@ -83,6 +85,18 @@ class Made:
     """Limits of images, in tokens."""
     video: Mapping[str, Any]
     """`VideoRules` as a dict."""
+
+
+def made_with(tokenizer_fingerprint: str, rules: MediaRules) -> Made:
+    """What an index is made with here and now, to store in it or to compare with it."""
+    return Made(
+        variant=rules.variant,
+        tokenizer=tokenizer_fingerprint,
+        template=TEMPLATE_VERSION,
+        decoder=DECODER_ID,
+        image={"min_tokens": rules.image_min_tokens, "max_tokens": rules.image_max_tokens},
+        video=asdict(rules.video),
+    )
 
 
 class Index:

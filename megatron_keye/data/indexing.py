@@ -2,7 +2,6 @@
 
 import zlib
 from collections.abc import Callable
-from dataclasses import asdict
 from pathlib import Path
 
 import cv2
@@ -10,26 +9,15 @@ import numpy as np
 import torch
 
 from megatron_keye.config.schema import ImageConfig, Variant, VideoConfig
-from megatron_keye.data.index import Made
+from megatron_keye.data.index import made_with
 from megatron_keye.data.index_tables import SampleRow, ShardIndex, shard_index, write_index
 from megatron_keye.data.items import Item, MediaRules, describe, media_rules, resolve
-from megatron_keye.data.media.video import DECODER_ID
 from megatron_keye.data.record import Record, parse_record
 from megatron_keye.data.shards import RECORD_EXTENSION, Span, check_sha256, iter_samples, list_shards, parse_json, read_span
-from megatron_keye.data.template import TEMPLATE_VERSION
 from megatron_keye.data.tokenize import TokenizedSample, tokenize
 from megatron_keye.data.tokenizer import KeyeTokenizer, load_tokenizer
 from megatron_keye.data.writing import run_jobs
 from megatron_keye.errors import DataError
-
-
-def made_with(tokenizer: KeyeTokenizer, rules: MediaRules) -> Made:
-    """What an index is made with here and now, to store in it or to compare with it."""
-    return Made(rules.variant, tokenizer.fingerprint, TEMPLATE_VERSION, DECODER_ID, image_limits(rules), asdict(rules.video))
-
-
-def image_limits(rules: MediaRules) -> dict[str, int]:
-    return {"min_tokens": rules.image_min_tokens, "max_tokens": rules.image_max_tokens}
 
 
 def index_folder(
@@ -61,7 +49,7 @@ def save_index(folder: Path, tokenizer_folder: Path, variant: Variant, video: Vi
         why = f"; the first of {len(problems)} problems: {problems[0]}" if problems else ": the shards are empty"
         raise DataError(f"the data set at {folder} has no usable sample{why}")
     rules = media_rules(ImageConfig(), video, variant)
-    write_index(folder, made_with(load_tokenizer(tokenizer_folder, variant), rules), shards)
+    write_index(folder, made_with(load_tokenizer(tokenizer_folder, variant).fingerprint, rules), shards)
 
 
 def _one_thread() -> None:
