@@ -46,19 +46,16 @@ class Trace:
 
 @dataclass(frozen=True)
 class Difference:
-    """Largest relative differences of one layout to the reference, and the modules where they are."""
+    """Largest relative differences of one layout to the reference over all steps; of gradients and weights by module."""
 
-    layout: str
     loss: float
     grad_norm: float
-    gradients: float
-    gradients_at: str
-    weights: float
-    weights_at: str
+    gradients: dict[str, float]
+    weights: dict[str, float]
 
     @property
     def worst(self) -> float:
-        return max(self.loss, self.grad_norm, self.gradients, self.weights)
+        return max(self.loss, self.grad_norm, *self.gradients.values(), *self.weights.values())
 
 
 def proof_config(config: RunConfig, precision: str) -> RunConfig:
@@ -78,13 +75,17 @@ def trace_layout(config: RunConfig, layout: Layout, reverse_rows: bool = False, 
     return run_ranks(layout.world_size, trace_rank, config, reverse_rows, prepare=prepare, timeout_s=timeout_s)[0]
 
 
-def compare(layout: str, trace: Trace, reference: Trace) -> Difference:
-    loss = max(map(_relative_difference, trace.losses, reference.losses))
-    norm = max(map(_relative_difference, trace.grad_norms, reference.grad_norms))
-    gradients = [module_differences(a, b) for a, b in zip(trace.gradients, reference.gradients, strict=True)]
-    worst_gradient = max((pair for step in gradients for pair in step.items()), key=lambda pair: pair[1])
-    worst_weight = max(module_differences(trace.weights, reference.weights).items(), key=lambda pair: pair[1])
-    return Difference(layout, loss, norm, worst_gradient[1], worst_gradient[0], worst_weight[1], worst_weight[0])
+def compare(trace: Trace, reference: Trace) -> Difference:
+    gradients: dict[str, float] = {}
+    for a, b in zip(trace.gradients, reference.gradients, strict=True):
+        for module, difference in module_differences(a, b).items():
+            gradients[module] = max(gradients.get(module, 0.0), difference)
+    return Difference(
+        loss=max(map(_relative_difference, trace.losses, reference.losses)),
+        grad_norm=max(map(_relative_difference, trace.grad_norms, reference.grad_norms)),
+        gradients=gradients,
+        weights=module_differences(trace.weights, reference.weights),
+    )
 
 
 def _relative_difference(a: float, b: float) -> float:
@@ -116,7 +117,7 @@ def tolerance(config: RunConfig, reference: Trace) -> float:
     if config.train.precision == "fp64":
         return FLOAT64_TOLERANCE
     reordered = trace_layout(config, parse_layout("one"), reverse_rows=True)
-    return 2.0 * compare("reordered", reordered, reference).worst
+    return 2.0 * compare(reordered, reference).worst
 
 
 def prepare_rank(float64: bool) -> None:
