@@ -1,0 +1,142 @@
+"""Save a checkpoint, whole or not at all, and find the newest good one.
+
+A checkpoint is a folder `step_00000123` of one safetensors file per rank and a manifest. Each rank writes only what it
+owns, as rectangles of canonical tensors, so no rank gathers anything and any layout can read it. It is written under a
+hidden name, flushed to disk, and becomes visible by one rename.
+
+Why not Megatron's `dist_checkpointing`: 0.16.1 can store irregular rectangles (probed), but through torch's distributed
+checkpoint, whose `.metadata` is a pickle that is executed on reading; it exchanges the metadata of every piece between all
+ranks, starts a helper process per rank, and knows neither checksums nor a commit. JSON and safetensors need neither pickle
+nor helper, and every tool can read them.
+"""
+
+import re
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+from torch.distributed import ProcessGroup
+
+from megatron_keye.checkpoint.collective import exchange, gather, on_first_rank, rank_of, size_of, together
+from megatron_keye.checkpoint.files import DTYPE_NAMES, FileRecord, file_damage, flush_folder, write_tensors, write_text
+from megatron_keye.checkpoint.manifest import MANIFEST, Identity, Manifest, PartRecord, RunRecord, merge, read_manifest
+from megatron_keye.checkpoint.state import SavedPart, TrainingState, part_key, saved_parts
+from megatron_keye.errors import CheckpointError
+
+_VISIBLE = re.compile(r"step_(\d{8,})(?:_(\d+))?")
+_HIDDEN = re.compile(r"\.step_\d{8,}(?:_\d+)?\.(?:incomplete|removed)")
+
+
+def save_checkpoint(folder: Path, state: TrainingState, run: RunRecord, identity: Identity, keep: int) -> Path:
+    """Save `state` as a new checkpoint in `folder`, then remove all but the newest `keep`. All ranks must call it.
+
+    Returns the checkpoint's folder. A step that was saved before is saved again beside it, as `step_00000123_1`, and
+    replaces it. Host memory used beyond the state itself: one chunk of 32 MiB.
+    Raises CheckpointError on all ranks, leaving earlier checkpoints as they were, when any rank could not save.
+    """
+    world = state.world
+    incomplete = on_first_rank(world, lambda: _start(folder, run.step))
+    try:
+        written = together(world, lambda: _write_parts(incomplete, rank_of(world), list(saved_parts(state))))
+        ranks = gather(world, written)
+        return on_first_rank(world, lambda: _commit(incomplete, merge(run, identity, ranks), keep))
+    except CheckpointError as error:
+        if rank_of(world) == 0:
+            shutil.rmtree(incomplete, ignore_errors=True)
+        raise CheckpointError(
+            f"Step {run.step} could not be saved in {folder}; earlier checkpoints there are untouched. "
+            f"Make room or repair the folder, and resume.\n{error}"
+        ) from error
+
+
+def checkpoints(folder: Path) -> list[Path]:
+    """Every committed checkpoint in `folder`, oldest first; their files are not looked at."""
+    return [path for _, path in sorted((_place(path), path) for path in _visible(folder))]
+
+
+def latest(folder: Path) -> Path | None:
+    """The newest committed checkpoint, good or damaged."""
+    return next(reversed(checkpoints(folder)), None)
+
+
+def latest_good(folder: Path, world: ProcessGroup | None = None) -> tuple[Path | None, list[str]]:
+    """The newest checkpoint without damage, and what is wrong with newer ones that were passed over.
+
+    Reads every byte of the ones it looks at, shared between the ranks of `world`, all of which must call it and get the same.
+    """
+    passed_over = []
+    for path in reversed(on_first_rank(world, lambda: checkpoints(folder))):
+        damage = find_damage(path, world)
+        if not damage:
+            return path, passed_over
+        passed_over += damage
+    return None, passed_over
+
+
+def find_damage(path: Path, world: ProcessGroup | None = None) -> list[str]:
+    """Everything that is wrong with the files of a checkpoint, the same on all ranks of `world`; empty for a good one."""
+    own = _own_damage(path, rank_of(world), size_of(world))
+    return list(dict.fromkeys(problem for problems in exchange(world, own) for problem in problems))
+
+
+def _own_damage(path: Path, rank: int, num_ranks: int) -> list[str]:
+    """Damage of the manifest and of every `num_ranks`-th file."""
+    try:
+        files = read_manifest(path).files
+    except CheckpointError as error:
+        return [str(error)]
+    found = (file_damage(path, record) for record in files[rank::num_ranks])
+    return [problem for problem in found if problem is not None]
+
+
+def _start(folder: Path, step: int) -> Path:
+    """Make room for a new checkpoint; what crashed saves and removals left behind goes first."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for path in folder.iterdir():
+        if _HIDDEN.fullmatch(path.name):
+            shutil.rmtree(path)
+    incomplete = folder / f".step_{step:08d}.incomplete"
+    incomplete.mkdir()
+    return incomplete
+
+
+def _write_parts(folder: Path, rank: int, parts: list[SavedPart]) -> tuple[FileRecord, list[PartRecord]]:
+    tensors = [(part_key(part.kind, part.name, part.rectangle), part.data) for part in parts]
+    file = write_tensors(folder / f"rank_{rank:05d}.safetensors", tensors)
+    return file, [
+        PartRecord(f"{part.kind}/{part.name}", part.full_shape, DTYPE_NAMES[part.data.dtype], part.rectangle.numel, part.step)
+        for part in parts
+    ]
+
+
+def _commit(incomplete: Path, manifest: Manifest, keep: int) -> Path:
+    write_text(incomplete / MANIFEST, manifest.to_json())
+    flush_folder(incomplete)
+    folder = incomplete.parent
+    same_step = [path for path in checkpoints(folder) if _place(path)[0] == manifest.run.step]
+    attempt = f"_{_place(same_step[-1])[1] + 1}" if same_step else ""
+    committed = folder / f"step_{manifest.run.step:08d}{attempt}"
+    incomplete.rename(committed)
+    flush_folder(folder)
+    old = [path for path in checkpoints(folder) if path not in same_step]
+    for path in (*same_step, *old[: max(0, len(old) - keep)]):
+        _remove(path)
+    return committed
+
+
+def _remove(path: Path) -> None:
+    """Out of sight first, so that a crash while files go leaves nothing that looks like a damaged checkpoint."""
+    hidden = path.with_name(f".{path.name}.removed")
+    path.rename(hidden)
+    shutil.rmtree(hidden)
+
+
+def _visible(folder: Path) -> Iterator[Path]:
+    if folder.is_dir():
+        yield from (path for path in folder.iterdir() if _VISIBLE.fullmatch(path.name))
+
+
+def _place(path: Path) -> tuple[int, int]:
+    """(step, attempt): the order of checkpoints."""
+    step, attempt = _VISIBLE.fullmatch(path.name).groups()
+    return int(step), int(attempt or 0)

@@ -1,0 +1,76 @@
+"""Checkpoints of a training run: what of a KeyeModel and its optimizer they hold, in the terms of `checkpoint/`."""
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+import torch
+from megatron.core.optimizer import ChainedOptimizer
+from torch import Tensor, nn
+
+from megatron_keye.checkpoint.load import Loaded, load_latest
+from megatron_keye.checkpoint.manifest import RunRecord
+from megatron_keye.checkpoint.state import LocalParameter, TrainingState
+from megatron_keye.checkpoint.store import save_checkpoint
+from megatron_keye.config.schema import ModelConfig
+from megatron_keye.model.names import Piece, decoder_pieces, encoder_pieces
+from megatron_keye.train.build import KeyeModel
+
+NOT_IDENTITY = ("freeze", "init_std", "vision.recompute", "decoder.recompute")
+"""Settings of the model that may change between saving and loading."""
+
+
+def save(folder: Path, model: KeyeModel, optimizer: ChainedOptimizer | None, run: RunRecord, tokenizer: str, keep: int) -> Path:
+    """Save model and optimizer in `folder`, keeping the newest `keep` checkpoints there; returns the new one.
+
+    `tokenizer` is the fingerprint of the run's tokenizer. All ranks must call it, between steps. Raises CheckpointError.
+    """
+    return save_checkpoint(folder, training_state(model, optimizer), run, identity(model.config.model, tokenizer), keep)
+
+
+def resume(folder: Path, model: KeyeModel, optimizer: ChainedOptimizer | None, tokenizer: str) -> Loaded | None:
+    """Fill model and optimizer from the newest good checkpoint in `folder`; None where there is none.
+
+    All ranks must call it. Raises CheckpointError for a checkpoint of another model, and where all are damaged.
+    """
+    return load_latest(folder, training_state(model, optimizer), identity(model.config.model, tokenizer))
+
+
+def training_state(model: KeyeModel, optimizer: ChainedOptimizer | None) -> TrainingState:
+    """This rank's part of the run. `optimizer` is None where nothing is trained."""
+    encoder_ddp = () if model.encoder_ddp is None else (model.encoder_ddp,)
+    return TrainingState(
+        parameters=tuple(_local_parameters(model)),
+        optimizers=() if optimizer is None else tuple(optimizer.chained_optimizers),
+        ddp_modules=(*model.chunks_ddp, *encoder_ddp),
+        world=model.groups.world,
+    )
+
+
+def identity(model: ModelConfig, tokenizer: str) -> dict[str, int | float | str]:
+    """What makes two models the same: variant and sizes by dotted name, and the fingerprint of the tokenizer."""
+    values = {name: value for name, value in _flatten(model.model_dump(), "") if name not in NOT_IDENTITY}
+    return {**values, "tokenizer": tokenizer}
+
+
+def _flatten(settings: Mapping, prefix: str) -> Iterable[tuple[str, int | float | str]]:
+    for name, value in settings.items():
+        if isinstance(value, Mapping):
+            yield from _flatten(value, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", str(value) if isinstance(value, tuple) else value
+
+
+def _local_parameters(model: KeyeModel) -> Iterable[LocalParameter]:
+    groups, decoder = model.groups, model.config.model.decoder
+    tp_rank, dp_cp = groups.coordinate("tp"), groups.decoder.dp_cp
+    for chunk in model.chunks:
+        for name, parameter in chunk.named_parameters():
+            pieces = decoder_pieces(chunk, {name: _without_data(parameter)}, decoder, groups.grid.tp, tp_rank)
+            yield LocalParameter(parameter, tuple(pieces), dp_cp.rank(), dp_cp.size(), saves_whole=tp_rank == 0)
+    for name, parameter in model.encoder.named_parameters():
+        pieces: tuple[Piece, ...] = tuple(encoder_pieces({name: _without_data(parameter)}))
+        yield LocalParameter(parameter, pieces, groups.world.rank(), groups.world.size(), saves_whole=True)
+
+
+def _without_data(parameter: nn.Parameter) -> Tensor:
+    return torch.empty(parameter.shape, dtype=parameter.dtype, device="meta")
