@@ -8,6 +8,10 @@ import math
 import time
 from dataclasses import dataclass
 
+import torch
+
+import megatron_keye
+from megatron_keye.checkpoint.manifest import RunRecord
 from megatron_keye.config.load import dump_config
 from megatron_keye.config.schema import RunConfig
 from megatron_keye.data.dataset import Dataset
@@ -16,7 +20,7 @@ from megatron_keye.data.tokenizer import KeyeTokenizer, load_tokenizer
 from megatron_keye.errors import DataError, KeyeError, NumericError, SettingsError
 from megatron_keye.plan.cursor import Cursor, ResumeState, RunIdentity, check_resumable
 from megatron_keye.train.build import build_model, build_optimizer
-from megatron_keye.train.checkpointing import Checkpointer
+from megatron_keye.train import checkpointing
 from megatron_keye.train.consensus import raise_together
 from megatron_keye.train.control import Control
 from megatron_keye.train.feed import Feed, FedStep
@@ -69,10 +73,8 @@ class Training:
         self.step = TrainStep(self.model, build_optimizer(self.model))
         self.planner = Planner(config, runtime.groups.grid.dp)
         self.identity = RunIdentity(config.train.seed, self.inputs.train.fingerprint, config.data.global_batch_samples)
-        self.checkpointer = Checkpointer(
-            run_dir.checkpoints, self.model, self.step.optimizer, self.inputs.tokenizer.fingerprint, config.train.keep_checkpoints
-        )
         self.control = Control(run_dir, runtime.groups, runtime.device)
+        self._loaded_notes: list[str] = []
 
     def run(self) -> None:
         """Train to the last step, or to a request to stop. Raises KeyeError subclasses that carry the exit code."""
@@ -151,16 +153,25 @@ class Training:
 
     def _resume(self) -> Cursor:
         self.run_dir.heartbeat(self.runtime.groups.rank, 0, "load")
-        text = self.checkpointer.load_latest()
-        if text is None:
+        fingerprint = self.inputs.tokenizer.fingerprint
+        loaded = checkpointing.resume(self.run_dir.checkpoints, self.model, self.step.optimizer, fingerprint)
+        if loaded is None:
             return Cursor()
-        saved = ResumeState.from_json(text)
+        self._loaded_notes = [f"passed over a damaged checkpoint: {problem}" for problem in loaded.passed_over]
+        if loaded.fresh_moments:
+            self._loaded_notes.append(f"newly trained, with fresh optimizer state: {', '.join(loaded.fresh_moments)}")
+        saved = ResumeState.from_json(loaded.run.resume_state)
         check_resumable(saved, self.identity)
         return saved.cursor
 
     def _save(self, cursor: Cursor) -> None:
         self._heartbeat(cursor, "save")
-        self.checkpointer.save(cursor.step, ResumeState(cursor, self.identity).to_json())
+        state = ResumeState(cursor, self.identity)
+        versions = {"megatron_keye": megatron_keye.__version__, "torch": torch.__version__}
+        record = RunRecord(cursor.step, state.to_json(), dump_config(self.config), cursor.ledger.hex(), versions)
+        keep = self.config.train.keep_checkpoints
+        fingerprint = self.inputs.tokenizer.fingerprint
+        checkpointing.save(self.run_dir.checkpoints, self.model, self.step.optimizer, record, fingerprint, keep)
         if self.runtime.is_main:
             self.run_dir.answer("SAVE")
 
@@ -175,6 +186,8 @@ class Training:
             write_atomically(self.run_dir.config, dump_config(self.config))
             self.run_dir.answer("STOP")
         train = self.inputs.train
+        for note in self._loaded_notes:
+            self.recorder.say(note)
         for sample_id, reason in train.rejected[:10]:
             self.recorder.say(f"left out of the training set: {sample_id}: {reason}")
         if len(train.rejected) > 10:
