@@ -47,8 +47,9 @@ class ReplicaLoader:
 
     def load(self, plan: ReplicaPlan) -> ReplicaData:
         """Everything the replica needs for one step. Raises DataError for a sample that cannot be read, unless it is skipped."""
-        documents = [(document.sample, document.shape) for row in plan.rows for document in row.documents]
-        loaded = dict(zip([sample for sample, _ in documents], self._pool.map(lambda d: self._read(*d), documents)))
+        shapes = {document.sample: document.shape for row in plan.rows for document in row.documents}
+        results = self._pool.map(self._read, shapes.keys(), shapes.values())
+        loaded = dict(zip(shapes, results, strict=True))
         rows = [self._row(row, loaded) for row in plan.rows]
         patches: dict[tuple[int, int], list[np.ndarray]] = {}
         for task in plan.tasks:

@@ -6,6 +6,8 @@ and values over the CP ranks, and runs scaled dot-product attention per document
 Shapes: T local tokens, S row tokens, h query heads, g key/value heads, D head_dim.
 """
 
+from itertools import pairwise
+
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -56,7 +58,7 @@ def attend(
     parts = (cp_rank, 2 * cp_size - 1 - cp_rank) if cp_size > 1 else (0,)
     chunks_per_document = 2 * cp_size if cp_size > 1 else 1
     pieces, at = [], 0
-    for start, end in zip(boundaries[:-1], boundaries[1:]):
+    for start, end in pairwise(boundaries):
         chunk = (end - start) // chunks_per_document
         for part in parts:
             keys_end = start + (part + 1) * chunk

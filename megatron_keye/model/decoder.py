@@ -6,7 +6,6 @@ V vocabulary rows that this TP rank holds.
 
 from collections.abc import Callable
 
-import torch
 from megatron.core.models.gpt import GPTModel
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 from megatron.core.transformer.spec_utils import ModuleSpec

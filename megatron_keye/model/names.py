@@ -52,7 +52,7 @@ class Piece:
     """Elements of the parameter, in the order of the piece, possibly with more dimensions."""
 
     def index(self) -> tuple[slice, ...]:
-        return tuple(slice(start, start + size) for start, size in zip(self.offset, self.shape))
+        return tuple(slice(start, start + size) for start, size in zip(self.offset, self.shape, strict=True))
 
     def read(self) -> Tensor:
         return self.view.reshape(self.shape)
@@ -93,13 +93,13 @@ def _layer_pieces(split: str, names: list[str], tensor: Tensor, config: DecoderC
         rows, columns = tensor.shape
         yield Piece(names[0], (rows, columns * tp_size), (0, tp_rank * columns), (rows, columns), tensor)
     elif split == GATE_UP:
-        for name, half in zip(names, tensor.chunk(2)):
+        for name, half in zip(names, tensor.chunk(2), strict=True):
             yield _row_piece(name, half, half.shape[0], tp_size, tp_rank)
     elif split == QKV:
         per_group = config.num_heads // config.num_kv_groups
         grouped = tensor.unflatten(0, (-1, per_group + 2, config.head_dim))
         parts = (grouped[:, :per_group], grouped[:, per_group : per_group + 1], grouped[:, per_group + 1 :])
-        for name, part in zip(names, parts):
+        for name, part in zip(names, parts, strict=True):
             yield _row_piece(name, part, part.shape[0] * part.shape[1] * part.shape[2], tp_size, tp_rank)
 
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 import torch
@@ -37,7 +38,7 @@ def pack_row(
     positions = torch.from_numpy(positions_3T[:, mine]).to(device)
     cos, sin = mrope_cos_sin(positions, decoder.head_dim, decoder.rope_base, decoder.mrope_section, dtype)
     cu_seqlens = torch.tensor(boundaries, dtype=torch.int32, device=device)
-    longest = max(end - start for start, end in zip(boundaries[:-1], boundaries[1:]))
+    longest = max(end - start for start, end in pairwise(boundaries))
     order = None
     if cp_size > 1:
         order = torch.from_numpy(gathered_order(boundaries, cp_size)).to(device)

@@ -17,7 +17,8 @@ from torch.utils.checkpoint import checkpoint
 from megatron_keye.config.schema import VisionConfig
 from megatron_keye.contract.media import PATCH_PIXELS, PATCH_VALUES, PatchGrid
 from megatron_keye.errors import SettingsError
-from megatron_keye.model.vision_attention import PackedSegments, attention_kernel
+from megatron_keye.model.packed_segments import PackedSegments
+from megatron_keye.model.vision_attention import attention_kernel
 
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 """Attention within segments: q, k, v [N, heads, K] -> [N, heads, K]."""

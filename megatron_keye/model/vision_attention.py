@@ -4,40 +4,18 @@ Every kernel takes q, k, v [num_patches, num_heads, head_dim] and the segments t
 It is not causal, knows no mask and scales by head_dim ** -0.5.
 """
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable
 from importlib.util import find_spec
-from itertools import groupby
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from megatron_keye.contract.media import PatchGrid
 from megatron_keye.errors import SettingsError
+from megatron_keye.model.packed_segments import PackedSegments
 
 CUDA_HEAD_DIM_MULTIPLE = 8
 """flash-attn and torch's varlen attention refuse other head dimensions."""
-
-
-@dataclass(frozen=True, slots=True)
-class PackedSegments:
-    """Where segments lie in a packed sequence, in the two forms that kernels want.
-
-    `runs` are (number of segments, patches in each) of neighbours of equal length; `cu_seqlens` [num_segments + 1], int32, are
-    the boundaries on the device of the patches.
-    """
-
-    runs: tuple[tuple[int, int], ...]
-    cu_seqlens: Tensor
-    max_patches: int
-
-    @classmethod
-    def of(cls, grids: Sequence[PatchGrid], device: torch.device) -> "PackedSegments":
-        lengths = [grid.num_patches for grid in grids]
-        runs = tuple((len(list(run)), length) for length, run in groupby(lengths))
-        ends = torch.tensor([0, *lengths]).cumsum(0)
-        return cls(runs, ends.to(device, torch.int32), max(lengths, default=0))
 
 
 AttentionKernel = Callable[[Tensor, Tensor, Tensor, PackedSegments], Tensor]

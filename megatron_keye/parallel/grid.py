@@ -65,9 +65,9 @@ class RankGrid:
         moving = [axis for axis in AXES if axis in axes]
         groups = []
         for outer in product(*(range(self.size(a)) for a in reversed(fixed))):
-            place = dict(zip(reversed(fixed), outer))
+            place = dict(zip(reversed(fixed), outer, strict=True))
             group = [
-                self.rank(**place, **dict(zip(reversed(moving), inner)))
+                self.rank(**place, **dict(zip(reversed(moving), inner, strict=True)))
                 for inner in product(*(range(self.size(a)) for a in reversed(moving)))
             ]
             groups.append(sorted(group))

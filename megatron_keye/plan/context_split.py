@@ -5,6 +5,7 @@ all ranks the same causal work. Documents must be padded to a multiple of 2 x CP
 """
 
 from collections.abc import Sequence
+from itertools import pairwise
 
 import numpy as np
 
@@ -14,7 +15,7 @@ def local_tokens(cu_seqlens: Sequence[int], cp_size: int, cp_rank: int) -> np.nd
     if cp_size == 1:
         return np.arange(cu_seqlens[-1], dtype=np.int64)
     pieces = []
-    for start, end in zip(cu_seqlens[:-1], cu_seqlens[1:]):
+    for start, end in pairwise(cu_seqlens):
         chunk, rest = divmod(end - start, 2 * cp_size)
         if rest:
             raise ValueError(f"a document of {end - start} tokens cannot be cut into 2 x {cp_size} equal chunks")

@@ -120,7 +120,7 @@ def _all_deliveries(plan: ReplicaPlan, grid: RankGrid, sequence_parallel: bool) 
             columns.append(tuple(column[kept] for column in (*fixed, place, returns)))
     if not columns:
         return _Deliveries(*(np.zeros(0, dtype=np.int64) for _ in range(6)), np.zeros(0, dtype=bool))
-    return _Deliveries(*(np.concatenate(parts) for parts in zip(*columns)))
+    return _Deliveries(*(np.concatenate(parts) for parts in zip(*columns, strict=True)))
 
 
 def _owners(row: Row, grid: RankGrid, sequence_parallel: bool) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

@@ -6,8 +6,8 @@ from functools import partial
 
 import torch
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
-from megatron.core.optimizer import OptimizerConfig, ParamKey, get_megatron_optimizer
 from megatron.core.optimizer import ChainedOptimizer as OptimizerChain
+from megatron.core.optimizer import OptimizerConfig, ParamKey, get_megatron_optimizer
 from megatron.core.optimizer.optimizer_config import ParamPredicate
 from megatron.core.pipeline_parallel.p2p_communication import P2PCommunicator
 from megatron.core.pipeline_parallel.schedules import (
@@ -20,12 +20,12 @@ from torch import Tensor, nn
 from megatron_keye.config.derive import padded_vocab_size, stage_layers
 from megatron_keye.config.schema import OptimizerConfig as OptimizerSettings
 from megatron_keye.config.schema import ParallelConfig, RunConfig
-from megatron_keye.model.decoder import KeyeDecoder, build_chunk, torch_layer_spec
+from megatron_keye.model.decoder import KeyeDecoder, build_chunk
+from megatron_keye.model.decoder_backend import decoder_backend
 from megatron_keye.model.decoder_config import PRECISION, megatron_config
 from megatron_keye.model.encoder import VisualEncoder
 from megatron_keye.model.init import fill, initial_tensor
 from megatron_keye.model.names import Piece, decoder_pieces, encoder_pieces, local_parameters
-from megatron_keye.model.norm import RMSNorm
 from megatron_keye.parallel.groups import Groups
 
 NO_DECAY = ParamPredicate(name="vectors", fn=lambda parameter: parameter.dim() == 1)
@@ -64,7 +64,7 @@ def build_model(config: RunConfig, groups: Groups, device: torch.device, draw=in
     """The model with fresh weights, which depend on `train.seed` and not on the layout, wrapped for training."""
     dtype = PRECISION[config.train.precision]
     encoder = VisualEncoder(config.model, dtype=dtype, attention=config.kernels.vision_attention).to(device)
-    chunks = _build_chunks(config, groups, dtype)
+    chunks = _build_chunks(config, groups, dtype, device)
     _freeze(config.model.freeze, encoder, chunks)
     model = KeyeModel(config, groups, device, dtype, encoder, None, chunks, [])
     fill(model.pieces(), config.model.init_std, config.train.seed, draw)
@@ -79,15 +79,16 @@ def build_model(config: RunConfig, groups: Groups, device: torch.device, draw=in
     return model
 
 
-def _build_chunks(config: RunConfig, groups: Groups, dtype: torch.dtype) -> list[KeyeDecoder]:
+def _build_chunks(config: RunConfig, groups: Groups, dtype: torch.dtype, device: torch.device) -> list[KeyeDecoder]:
     parallel, decoder = config.parallel, config.model.decoder
     transformer = megatron_config(decoder, parallel, dtype)
     layers = stage_layers(config)
+    layer_spec, final_norm = decoder_backend(config.kernels.decoder, dtype, device)
     chunks = []
     for virtual in range(parallel.vp):
         stage = virtual * parallel.pp + groups.coordinate("pp")
         chunk = build_chunk(
-            transformer, torch_layer_spec, RMSNorm, pg_collection=groups.decoder, padded_vocab_size=padded_vocab_size(config),
+            transformer, layer_spec, final_norm, pg_collection=groups.decoder, padded_vocab_size=padded_vocab_size(config),
             max_tokens=config.data.seq_length_tokens, num_layers=layers[stage], first_layer=sum(layers[:stage]),
             is_first=stage == 0, is_last=stage == len(layers) - 1, vp_stage=virtual if parallel.vp > 1 else None,
         )  # fmt: skip

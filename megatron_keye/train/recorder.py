@@ -84,7 +84,7 @@ class Recorder:
         fields = {
             "step": plan.step, "loss": result.loss, "grad_norm": result.grad_norm, "lr": record.lr, "updated": result.updated,
             **_counts(record), "step_time_s": round(record.step_time_s, 5),
-            **{f"{name}_s": round(float(seconds), 5) for name, seconds in zip(PHASES, phases_RP.mean(dim=0))},
+            **{f"{name}_s": round(float(seconds), 5) for name, seconds in zip(PHASES, phases_RP.mean(dim=0), strict=True)},
             **self._balance(record, phases_RP), "memory_bytes": _memory_bytes(self._runtime.device),
             "epoch": record.fed.after.position / record.dataset_samples,
         }  # fmt: skip

@@ -30,10 +30,13 @@ MEGATRON_FILES = {
     "parallel/groups.py",
     "model/attention.py",
     "model/decoder.py",
+    "model/decoder_backend.py",
     "model/decoder_config.py",
+    "model/decoder_te.py",
     "model/norm.py",
     "model/packed.py",
     "train/build.py",
+    "train/checkpointing.py",
     "train/step.py",
 }
 """The only files that may import Megatron-core."""

@@ -9,8 +9,9 @@ from transformers.vision_utils import get_vision_cu_seqlens
 
 from megatron_keye.contract.media import PATCH_VALUES, PatchGrid
 from megatron_keye.errors import SettingsError
+from megatron_keye.model.packed_segments import PackedSegments
 from megatron_keye.model.vision import VisionTransformer, interpolate_table, rotary_embedding, rotate, vision_problems
-from megatron_keye.model.vision_attention import PackedSegments, attention_kernel, sdpa_attention
+from megatron_keye.model.vision_attention import attention_kernel, sdpa_attention
 
 IMAGES = [PatchGrid(1, 6, 10), PatchGrid(1, 2, 2), PatchGrid(1, 30, 4), PatchGrid(1, 4, 30), PatchGrid(1, 28, 28)]
 VIDEOS = [PatchGrid(3, 4, 6), PatchGrid(1, 8, 8), PatchGrid(2, 10, 2), PatchGrid(4, 4, 6)]
