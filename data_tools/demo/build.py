@@ -23,6 +23,8 @@ VARIANT = "keye_vl_1_5"
 STAMP = "demo.json"
 """Written last: what the folder was made from."""
 JPEG_QUALITY = 92
+SHARD_BYTES = 4 << 20
+"""Small, so that even this set has several shards to index at once and to read from."""
 
 
 def build(out: Path, num_examples: dict[Split, int], seed: int, workers: int) -> bool:
@@ -43,7 +45,7 @@ def build(out: Path, num_examples: dict[Split, int], seed: int, workers: int) ->
     staging = out.with_name(out.name + ".partial")
     shutil.rmtree(staging, ignore_errors=True)
     write_sources(staging, num_examples, seed, workers)
-    write_shards(staging, tuple(num_examples))
+    write_shards(staging, tuple(num_examples), workers)
     _write_json(staging / STAMP, stamp)
     shutil.rmtree(out, ignore_errors=True)
     staging.rename(out)
@@ -66,11 +68,12 @@ def write_sources(folder: Path, num_examples: dict[Split, int], seed: int, worke
                     progress.advance(bar)
 
 
-def write_shards(folder: Path, splits: tuple[Split, ...]) -> None:
+def write_shards(folder: Path, splits: tuple[Split, ...], workers: int) -> None:
     """Turn each part's records into shards with an index, by the tools that serve any data set."""
+    spread = ("--workers", str(workers))
     for split in splits:
-        _run_tool("make_shards.py", folder / f"{split}.jsonl", folder / split)
-        _run_tool("index_shards.py", folder / split, "--tokenizer", folder / "tokenizer", "--variant", VARIANT)
+        _run_tool("make_shards.py", folder / f"{split}.jsonl", folder / split, "--shard-bytes", str(SHARD_BYTES), *spread)
+        _run_tool("index_shards.py", folder / split, "--tokenizer", folder / "tokenizer", "--variant", VARIANT, *spread)
 
 
 def _run_tool(name: str, *arguments: str | Path) -> None:

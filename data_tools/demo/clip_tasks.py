@@ -1,7 +1,7 @@
 """Questions about one clip: which colour comes first, when, and which way a shape moves.
 
 Cuts that also change the background leave few similar blocks, so the frame after them is slow; cuts of the shape alone and slow
-drifts keep most of the picture, so the frames after them are fast. Neither depends on an answer.
+drifts keep most of the picture, so the frames after them are fast. That shows where a cut is, and nothing of the colours and directions.
 """
 
 from itertools import permutations
@@ -52,13 +52,13 @@ def time(rng: Random, choice: tuple[float, int]) -> Example:
 
 
 def motion(rng: Random, choice: str) -> Example:
-    """A shape crosses most of the picture along one axis."""
+    """A shape moves along one axis, as far as the shorter side allows."""
     width, height = rng.choice(SIDES_PX), rng.choice(SIDES_PX)
     duration_s, rate = rng.choice(DURATIONS_S), rng.choice(FRAME_RATES)
     side_px = round(min(width, height) * rng.uniform(0.35, 0.5))
     x1, y1, _, _ = square_box(rng, width, height, side_px)
-    path = rng.uniform(0.8, 1.0)
-    dx, dy = (direction * (extent - side_px) * path for direction, extent in zip(DIRECTIONS[choice], (width, height), strict=True))
+    distance_px = (min(width, height) - side_px) * rng.uniform(0.8, 1.0)  # the same along both axes, as slow frames tell it
+    dx, dy = (direction * distance_px for direction in DIRECTIONS[choice])
     x1 = _start(rng, dx, width - side_px) if dx else x1
     y1 = _start(rng, dy, height - side_px) if dy else y1
     moving = item(rng, any_shape(rng), rng.choice(CLIP_COLOURS), (x1, y1, x1 + side_px, y1 + side_px))

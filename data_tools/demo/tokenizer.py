@@ -1,4 +1,7 @@
-"""A small byte-level tokenizer with Keye's special tokens, trained on the demo set's own words. It never changes with the set's size or seed."""
+"""A small byte-level tokenizer with Keye's special tokens, trained on the demo set's own words.
+
+It does not depend on the set's size or seed.
+"""
 
 import json
 from pathlib import Path
@@ -24,8 +27,9 @@ CONTROL_TOKENS = (
     "<|fast_end|>",
 )
 """Tokens that structure a sample; decoders leave them out of an answer."""
+GROUNDING = ("object_ref", "box", "quad", "point", "polygon", "ocr_text", "clip_time")
 TEXT_TOKENS = (
-    *(f"<|{name}_{end}|>" for name in ("object_ref", "box", "quad", "point", "polygon", "ocr_text", "clip_time") for end in ("start", "end")),
+    *(f"<|{name}_{end}|>" for name in GROUNDING for end in ("start", "end")),
     *("<|fim_prefix|>", "<|fim_middle|>", "<|fim_suffix|>", "<|fim_pad|>", "<|repo_name|>", "<|file_sep|>"),
     *("<tool_call>", "</tool_call>", "<tool_response>", "</tool_response>", "<think>", "</think>"),
 )
