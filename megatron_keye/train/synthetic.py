@@ -20,10 +20,11 @@ PROOF_STEPS = 2
 
 
 def proof_shapes(variant: Variant) -> list[list[SampleShape]]:
-    """Samples of each proof step: odd lengths, images in the middle and at both ends, one image that fills most of a row,
+    """Samples of each proof step: odd lengths, images in the middle and at both ends, two that fill about half of a row each,
     a long video, text alone; and a second step with a single image, which leaves most ranks without one."""
     image = [Segment(PatchGrid(1, 6, 10), 5)]
-    large = [Segment(PatchGrid(1, 24, 26), 3)]
+    large = [Segment(PatchGrid(1, 26, 26), 3)]
+    wide = [Segment(PatchGrid(1, 10, 52), 19)]
     first_and_last = [Segment(PatchGrid(1, 4, 4), 0), Segment(PatchGrid(1, 2, 8), 9)]
     rich = [
         SampleShape(41, tuple(image)),
@@ -36,7 +37,8 @@ def proof_shapes(variant: Variant) -> list[list[SampleShape]]:
         SampleShape(63, (*image, *image)),
         SampleShape(35),
         SampleShape(19),
-        SampleShape(213),
+        SampleShape(157, tuple(wide)),
+        SampleShape(61),
     ]
     sparse = [SampleShape(n) for n in (11, 47, 33, 101, 9, 65)] + [SampleShape(31, tuple(image))]
     return [rich, sparse]
@@ -76,7 +78,7 @@ def _row_tokens(row: Row, step: int, vocab_size: int) -> RowTokens:
         own = slice(document.start, document.start + document.shape.num_tokens)
         token_ids[own] = random.integers(0, vocab_size, document.shape.num_tokens)
         supervised[own] = random.random(document.shape.num_tokens) < 0.6
-        for start, segment in zip(document.shape.visual_starts(), document.shape.segments):
+        for start, segment in zip(document.shape.visual_starts(), document.shape.segments, strict=True):
             supervised[document.start + start : document.start + start + segment.grid.num_tokens] = False
     return RowTokens(token_ids, supervised)
 

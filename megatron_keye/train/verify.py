@@ -53,9 +53,24 @@ class Difference:
     gradients: dict[str, float]
     weights: dict[str, float]
 
-    @property
-    def worst(self) -> float:
-        return max(self.loss, self.grad_norm, *self.gradients.values(), *self.weights.values())
+
+@dataclass(frozen=True)
+class Tolerance:
+    """Largest differences that count as rounding. Loss and gradient norm share one, since a single number may be right by chance;
+    those of gradients and weights are for the worst module."""
+
+    numbers: float
+    gradients: float
+    weights: float
+
+    def holds(self, difference: Difference) -> bool:
+        within = max(difference.loss, difference.grad_norm) <= self.numbers
+        return within and worst(difference.gradients) <= self.gradients and worst(difference.weights) <= self.weights
+
+
+EXACT = Tolerance(FLOAT64_TOLERANCE, FLOAT64_TOLERANCE, FLOAT64_TOLERANCE)
+WIDER = {"bf16": "fp32", "fp32": "fp64"}
+"""The precision beside which a precision's own rounding shows."""
 
 
 def proof_config(config: RunConfig, precision: str) -> RunConfig:
@@ -112,12 +127,27 @@ def module_of(name: str) -> str:
     return layer[1] if layer else name.rsplit(".", 1)[0]
 
 
-def tolerance(config: RunConfig, reference: Trace) -> float:
-    """1e-10 in float64; otherwise twice what adding up the microbatches in another order does on one process."""
+def worst(differences: dict[str, float]) -> float:
+    return max(differences.values())
+
+
+def tolerance(config: RunConfig, reference: Trace) -> Tolerance:
+    """1e-10 in float64; otherwise twice what rounding does to one process: adding up its microbatches in another order, or running
+    in the next wider precision, whichever is more.
+
+    Another order alone is no measure of bf16: gradients add up in float32, so it moves them by 1e-8, where any other
+    split of a matrix product, which every layout is, rounds activations differently and moves them by 1e-2.
+    """
     if config.train.precision == "fp64":
-        return FLOAT64_TOLERANCE
-    reordered = trace_layout(config, parse_layout("one"), reverse_rows=True)
-    return 2.0 * compare(reordered, reference).worst
+        return EXACT
+    reordered = compare(trace_layout(config, parse_layout("one"), reverse_rows=True), reference)
+    wider = proof_config(config, WIDER[config.train.precision])
+    rounded = compare(reference, trace_layout(wider, parse_layout("one")))
+    return Tolerance(
+        numbers=2.0 * max(reordered.loss, reordered.grad_norm, rounded.loss, rounded.grad_norm),
+        gradients=2.0 * max(worst(reordered.gradients), worst(rounded.gradients)),
+        weights=2.0 * max(worst(reordered.weights), worst(rounded.weights)),
+    )
 
 
 def prepare_rank(float64: bool) -> None:

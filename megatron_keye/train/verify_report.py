@@ -3,7 +3,7 @@
 import math
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
@@ -13,7 +13,7 @@ from megatron_keye.config.schema import RunConfig
 from megatron_keye.errors import KeyeError, SettingsError
 from megatron_keye.parallel.launch import WorkerError
 from megatron_keye.train.layouts import Layout, parse_layout
-from megatron_keye.train.verify import Difference, Trace, compare, tolerance, trace_layout
+from megatron_keye.train.verify import Difference, Tolerance, Trace, compare, tolerance, trace_layout
 
 
 @dataclass(frozen=True)
@@ -26,27 +26,27 @@ class Outcome:
     difference: Difference | None
     error: str | None
 
-    def is_within(self, limit: float) -> bool:
-        return self.difference is not None and self.difference.worst <= limit
+    def is_within(self, limit: Tolerance) -> bool:
+        return self.difference is not None and limit.holds(self.difference)
 
 
 @dataclass(frozen=True)
 class Reference:
-    """The one-process run, and the largest relative difference to it that counts as none."""
+    """The one-process run, and the differences to it that count as none."""
 
     trace: Trace
     seconds: float
-    limit: float
+    limit: Tolerance
 
 
 def check_layouts(config: RunConfig, layouts: Sequence[Layout]) -> None:
     """Raises SettingsError with every layout that the settings or this machine cannot run."""
     problems = [f"{layout.name}: {problem}" for layout in layouts for problem in check(layout.apply(config), layout.world_size)]
     num_gpus = torch.cuda.device_count()
-    if num_gpus and config.train.precision == "fp64":
+    if num_gpus and config.train.precision != "bf16":
         problems.append(
-            "float64 proofs run on CPU, since Megatron's optimizer refuses float64 on a GPU: hide the GPUs "
-            "(CUDA_VISIBLE_DEVICES= keye verify-layout ...), or use --dtype bf16"
+            f"{config.train.precision} is compared with float64 or is float64, which Megatron's optimizer refuses on a GPU: "
+            "hide the GPUs (CUDA_VISIBLE_DEVICES= keye verify-layout ...) to run on CPU, or use --dtype bf16"
         )
     problems += [
         f"{layout.name} has {layout.world_size} ranks and this machine {num_gpus} GPU(s): NCCL refuses two ranks on one GPU. "
@@ -97,14 +97,14 @@ def as_json(config: RunConfig, reference: Reference, outcomes: Sequence[Outcome]
     return {
         "precision": config.train.precision,
         "variant": config.model.variant,
-        "limit": reference.limit,
+        "limit": asdict(reference.limit),
         "ok": all(outcome.is_within(reference.limit) for outcome in outcomes),
         "reference": {"seconds": reference.seconds, **_numbers(reference.trace)},
         "layouts": [_outcome_fields(outcome, reference.limit) for outcome in outcomes],
     }
 
 
-def _outcome_fields(outcome: Outcome, limit: float) -> dict[str, Any]:
+def _outcome_fields(outcome: Outcome, limit: Tolerance) -> dict[str, Any]:
     fields = {
         "layout": outcome.layout.name,
         "ranks": outcome.layout.world_size,

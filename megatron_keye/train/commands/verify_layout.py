@@ -18,8 +18,8 @@ loss, gradient norm, every gradient before clipping, every weight afterwards; pe
 
 Only the model of the settings is used; samples are made up, and their rows are short. A layout's name is made of tpN cpN ppN vpN dpN
 and sp (sequence parallelism), recompute (decoder and vision layers), reencode (the encoder's forward runs again in its backward).
-float64 must agree within 1e-10; other precisions within twice what reordering microbatches does on one process. Exit code 1 beyond
-that. Processes are started as needed; where there are GPUs, a layout takes one per rank."""
+float64 must agree within 1e-10; other precisions within twice what rounding does to one process (reordered microbatches, or the next
+wider precision). Exit code 1 beyond that. Processes are started as needed; where there are GPUs, a layout takes one per rank."""
 EXAMPLES = """\
   keye verify-layout debug                                    # the usual layouts, float64
   keye verify-layout debug_preview --layouts tp2sp cp2pp2     # some
@@ -90,13 +90,16 @@ def _table(outcomes: list, reference, title: str):
     from rich.box import SIMPLE_HEAD
     from rich.table import Table
 
-    caption = f"differences relative to one process, which took {reference.seconds:.1f} s; limit {reference.limit:.0e}"
+    caption = f"differences relative to one process, which took {reference.seconds:.1f} s"
     table = Table(title=title, title_justify="left", caption=caption, caption_justify="left", box=SIMPLE_HEAD, padding=0, pad_edge=False)
     for name in ("layout", "loss", "norm", "grads", "worst at", "weights", "worst at", "s", ""):
         table.add_column(name, overflow="fold", no_wrap=name != "worst at")
     for outcome in outcomes:
         verdict = "ok" if outcome.is_within(reference.limit) else "[bold red]FAIL"
         table.add_row(outcome.layout.name, *_cells(outcome), f"{outcome.seconds:.0f}", verdict)
+    limit = reference.limit
+    table.add_section()
+    table.add_row("limit", *[f"{limit.numbers:.0e}"] * 2, f"{limit.gradients:.0e}", "", f"{limit.weights:.0e}")
     return table
 
 
