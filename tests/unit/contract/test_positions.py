@@ -78,6 +78,18 @@ def test_time_can_win_over_height_and_width():
 def test_time_is_truncated_in_float32():
     shape = clip((4, 2, 2), 2 / 2.0011, before=0, after=0)
     assert mrope_positions(shape, "keye_vl_preview")[0].tolist() == [0, 0, 1, 2]
+    # The product is just below 17 in float64, but 17 in float32.
+    assert [int(17 * ticks) for ticks in (np.float64(0.99999999), np.float32(0.99999999))] == [16, 17]
+    assert mrope_positions(clip((18, 2, 2), 0.99999999, before=0, after=0), "keye_vl_preview")[0, 17] == 17
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.floats(0.05, 60), st.integers(1, 300))
+def test_time_follows_the_expression_of_the_released_code(fps, num_frames):
+    tokens_per_second, second_per_grid = 2, torch.tensor(1 / fps)
+    expected = (torch.arange(num_frames) * second_per_grid * tokens_per_second).long()
+    positions = mrope_positions(clip((num_frames, 2, 2), tokens_per_second / fps, before=0, after=0), "keye_vl_preview")
+    np.testing.assert_array_equal(positions[0], expected.numpy())
 
 
 def test_frames_restart_height_and_width_at_the_clip_start():

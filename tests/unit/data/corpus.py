@@ -21,15 +21,15 @@ def png(height: int, width: int, seed: int) -> bytes:
 
 
 def mp4(num_frames: int, height: int, width: int, fps: int, cut: int) -> bytes:
-    """A clip that changes its colours at frame `cut`."""
+    """A clip that loses its colours at frame `cut`, which makes that frame slow."""
     stream = io.BytesIO()
     with av.open(stream, "w", format="mp4") as container:
         track = container.add_stream("h264", rate=fps)
         track.width, track.height, track.pix_fmt = width, height, "yuv420p"
         for number in range(num_frames):
             frame = np.zeros((height, width, 3), np.uint8)
-            frame[:, : width // 2] = (200, 30, 30) if number < cut else (30, 30, 200)
-            frame[:, width // 2 :] = (20, 200, 40) if number < cut else (220, 210, 20)
+            frame[:, : width // 2] = (200, 30, 30) if number < cut else (240, 240, 240)
+            frame[:, width // 2 :] = (20, 200, 40) if number < cut else (200, 200, 200)
             container.mux(track.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
         container.mux(track.encode())
     return stream.getvalue()

@@ -246,6 +246,15 @@ def test_indexing_names_problems_and_leaves_the_rest(copy, tokenizer_folder):
     assert open_index(copy).skipped == problems
 
 
+def test_indexing_checks_the_bytes_of_media(copy, tokenizer_folder):
+    sample = overwrite(copy, ".png", b"IDAT", b"IDAX")
+    shards = index_folder(copy, tokenizer_folder, "keye_vl_1_5", VideoConfig())
+    ((place, reason),) = [problem for shard in shards for problem in shard.problems]
+    assert f"record r{sample}" in reason
+    assert "do not match their sha256" in reason
+    assert reason.startswith(place)
+
+
 def test_an_empty_set_is_refused(tokenizer_folder, tmp_path):
     with pytest.raises(DataError, match="no such folder"):
         index_folder(tmp_path / "nowhere", tokenizer_folder, "keye_vl_1_5", VideoConfig())

@@ -95,6 +95,13 @@ def test_text_that_must_stay_takes_room_from_media():
     assert "a row holds 800" in fit(sample, RULES["keye_vl_1_5"], 800).reason
 
 
+def test_tokens_that_close_the_last_medium_are_never_cut():
+    sample = SampleFacts((Item(700, 700),), (900,), 2000, 50)
+    smallest = 4
+    assert fit(sample, RULES["keye_vl_1_5"], 900 + smallest + 2).shape.num_tokens == 906
+    assert isinstance(fit(sample, RULES["keye_vl_1_5"], 900 + smallest + 1), Rejected)
+
+
 def test_a_sample_whose_answer_would_be_cut_off_is_rejected():
     sample = SampleFacts((), (), 2000, first_supervised=1500)
     assert isinstance(fit(sample, RULES["keye_vl_1_5"], 1500), Rejected)

@@ -2,6 +2,7 @@ import json
 import shutil
 
 import pytest
+from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerFast
 
 from megatron_keye.data.tokenizer import load_tokenizer
@@ -50,6 +51,15 @@ def test_tokens_that_only_the_configuration_lists_are_added(tokenizer, tokenizer
     extended = load_tokenizer(folder, "keye_vl_1_5")
     assert extended.encode("<|polygon_start|>") == [tokenizer.vocab_size]
     assert extended.vocab_size == tokenizer.vocab_size + 1
+
+
+def test_truncation_and_padding_of_the_file_are_off(tokenizer, tokenizer_folder, tmp_path):
+    library = Tokenizer.from_file(str(tokenizer_folder / "tokenizer.json"))
+    library.enable_truncation(4)
+    library.enable_padding(length=200)
+    library.save(str(tmp_path / "tokenizer.json"))
+    text = "a text of more than four tokens"
+    assert load_tokenizer(tmp_path, "keye_vl_1_5").encode(text) == tokenizer.encode(text)
 
 
 @pytest.mark.parametrize(
