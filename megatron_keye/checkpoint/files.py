@@ -102,7 +102,11 @@ class TensorFile:
         try:
             with open(path, "rb") as file:
                 (header_bytes,) = struct.unpack("<Q", file.read(8))
-                self._header = json.loads(file.read(min(header_bytes, MAX_HEADER_BYTES)))
+                text = file.read(min(header_bytes, MAX_HEADER_BYTES))
+            if len(text) != header_bytes:
+                raise ValueError(f"its header has {len(text):,} of {header_bytes:,} bytes")
+            self._header = json.loads(text)
+            self._header.pop("__metadata__", None)
             # Copy on write, never written: numpy would mark a read-only map as such, and torch would warn about every view.
             self._data = np.memmap(path, dtype=np.uint8, mode="c", offset=8 + header_bytes) if self._header else None
         except (OSError, ValueError, struct.error) as error:

@@ -38,12 +38,12 @@ class OptimizerShard:
         return int(self.optimizer.state[self.main].get("step", self.group.get("step")))
 
     def restart(self, step: int) -> dict[str, Tensor]:
-        """Forget the moments, or, for `step` > 0, make zero ones that have seen `step` updates; returns what is to be filled."""
+        """Forget the moments, or, for `step` > 0, make zero ones that have seen `step` updates; returns those, to be filled."""
         self.optimizer.state.pop(self.main, None)
         if step == 0:
             return {}
         moments = {name: torch.zeros_like(self.main) for name in MOMENTS}
-        if isinstance(self.optimizer, torch.optim.Adam):
+        if isinstance(self.optimizer, torch.optim.Adam | torch.optim.AdamW):
             # A tensor of its own for each parameter: AdamW counts in place.
             self.optimizer.state[self.main] = {"step": torch.tensor(float(step)), **moments}
         else:

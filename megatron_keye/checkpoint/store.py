@@ -28,10 +28,11 @@ _HIDDEN = re.compile(r"\.step_\d{8,}(?:_\d+)?\.(?:incomplete|removed)")
 
 
 def save_checkpoint(folder: Path, state: TrainingState, run: RunRecord, identity: Identity, keep: int) -> Path:
-    """Save `state` as a new checkpoint in `folder`, then remove all but the newest `keep`. All ranks must call it.
+    """Save `state` as a new checkpoint in `folder`, then remove older ones until `keep` (at least 1) remain. All ranks must call it.
 
     Returns the checkpoint's folder. A step that was saved before is saved again beside it, as `step_00000123_1`, and
-    replaces it. Host memory used beyond the state itself: one chunk of 32 MiB.
+    replaces it. Later steps, which a run leaves behind when it goes back, stay until it reaches them again. Host memory used
+    beyond the state itself: one chunk of 32 MiB.
     Raises CheckpointError on all ranks, leaving earlier checkpoints as they were, when any rank could not save.
     """
     world = state.world
@@ -118,8 +119,8 @@ def _commit(incomplete: Path, manifest: Manifest, keep: int) -> Path:
     committed = folder / f"step_{manifest.run.step:08d}{attempt}"
     incomplete.rename(committed)
     flush_folder(folder)
-    old = [path for path in checkpoints(folder) if path not in same_step]
-    for path in (*same_step, *old[: max(0, len(old) - keep)]):
+    older = [path for path in checkpoints(folder) if _place(path)[0] < manifest.run.step]
+    for path in (*same_step, *older[: max(0, len(older) + 1 - keep)]):
         _remove(path)
     return committed
 

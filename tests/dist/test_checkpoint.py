@@ -31,8 +31,14 @@ from megatron_keye.train.placement import rank_grid
 from megatron_keye.train.step import TrainStep
 from megatron_keye.train.synthetic import proof_shapes, synthetic_inputs, synthetic_plan
 from megatron_keye.train.verify import (
-    FLOAT64_TOLERANCE, complete_weights, gather_gradients, gather_pieces, module_differences, prepare_rank, proof_config,
-)  # fmt: skip
+    FLOAT64_TOLERANCE,
+    complete_weights,
+    gather_gradients,
+    gather_pieces,
+    module_differences,
+    prepare_rank,
+    proof_config,
+)
 
 TOKENIZER = "fingerprint"
 SMALL_BUCKET = 20000

@@ -31,7 +31,7 @@ def test_the_library_reads_what_we_write(tmp_path, tensors):
 
 
 def test_we_read_what_the_library_writes(tmp_path, tensors):
-    save_file({name: tensor.contiguous() for name, tensor in tensors}, tmp_path / "a.safetensors")
+    save_file({name: tensor.contiguous() for name, tensor in tensors}, tmp_path / "a.safetensors", {"format": "pt"})
     file = TensorFile(tmp_path / "a.safetensors")
     assert set(file.names()) == {name for name, _ in tensors}
     for name, tensor in tensors:

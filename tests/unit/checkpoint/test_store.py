@@ -92,6 +92,17 @@ def test_saving_a_step_again_replaces_it(tmp_path, state, other_state):
     assert all_equal(values(state), values(other_state))
 
 
+def test_going_back_never_costs_the_new_checkpoint(tmp_path, state):
+    for step in (100, 200):
+        save_checkpoint(tmp_path, state, run_record(step), IDENTITY, keep=2)
+    flip_a_byte(tmp_path / "step_00000200")
+    save_checkpoint(tmp_path, state, run_record(150), IDENTITY, keep=1)
+    assert names(tmp_path) == ["step_00000150", "step_00000200"]
+    assert latest_good(tmp_path)[0].name == "step_00000150"
+    save_checkpoint(tmp_path, state, run_record(200), IDENTITY, keep=1)
+    assert names(tmp_path) == ["step_00000200_1"]
+
+
 @pytest.mark.parametrize("place", ["write_tensors", "write_text", "merge", "flush_folder"])
 def test_a_save_that_fails_leaves_the_old_checkpoint_alone(tmp_path, state, place):
     save_checkpoint(tmp_path, state, run_record(1), IDENTITY, keep=1)
