@@ -31,11 +31,17 @@ def _frame_number(frame: np.ndarray) -> int:
 
 
 def _encode_clip(
-    num_frames: int = 48, container: str = "mp4", codec: str = "libx264", rotation: int = 0, pts: list[int] | None = None, **options: str
+    num_frames: int = 48,
+    container: str = "mp4",
+    codec: str = "libx264",
+    rate: int = 30,
+    rotation: int = 0,
+    pts: list[int] | None = None,
+    **options: str,
 ) -> bytes:
     file = BytesIO()
     with av.open(file, "w", format=container) as output:
-        stream = output.add_stream(codec, rate=30, options=options)
+        stream = output.add_stream(codec, rate=rate, options=options)
         stream.width, stream.height, stream.pix_fmt = WIDTH, HEIGHT, "yuv420p"
         if rotation:
             stream.set_display_rotation(rotation)
@@ -55,7 +61,7 @@ def frame_number() -> Callable[[np.ndarray], int]:
 
 @pytest.fixture(scope="session")
 def encode_clip() -> Callable[..., bytes]:
-    """Encodes numbered frames at 30 frames/s; `pts` in 1/30 s replaces the regular ones, `options` go to the encoder."""
+    """Encodes numbered frames; `pts` in 1/rate s replaces the regular ones, `options` go to the encoder."""
     return _encode_clip
 
 

@@ -106,9 +106,16 @@ def test_preview_processor_limits_are_settable():
         ({"resized_height": 100, "resized_width": 300, "max_pixels": 784}, (112, 308)),
     ],
 )
-def test_a_message_part_narrows_the_limits(oracle, item, expected):
+def test_a_message_part_narrows_the_limits(item, expected):
     assert image_size(1080, 1920, "keye_vl_1_5", 4, 20480, **item) == expected
-    assert image_size(1080, 1920, "keye_vl_1_5", 4, 64, **item) <= (168, 336), "the run's maximum holds for every part"
+
+
+@pytest.mark.parametrize("variant", ["keye_vl_1_5", "keye_vl_preview"])
+@pytest.mark.parametrize("item", [{}, {"min_pixels": 512 * TOKEN_AREA}, {"resized_height": 2000, "resized_width": 3000}])
+@pytest.mark.parametrize("shape", [(60, 60), (300, 200), (1080, 1920)])
+def test_the_maximum_of_the_run_wins(variant, item, shape):
+    height, width = image_size(*shape, variant, 4, 64, **item)
+    assert height * width <= 64 * TOKEN_AREA
 
 
 @settings(max_examples=40, deadline=None)

@@ -2,6 +2,7 @@
 
 from io import BytesIO
 from itertools import product
+from pathlib import Path
 from threading import Thread
 
 import av
@@ -25,7 +26,8 @@ CLIPS = {
     "h264_flv": {**BFRAMES, "container": "flv"},
     "hevc_mp4": {"codec": "libx265", "x265-params": "log-level=none:keyint=16:bframes=4"},
     "vp9_webm": {"container": "webm", "codec": "libvpx-vp9", "cpu-used": "8"},
-    "vp8_hidden_frames": {"container": "webm", "codec": "libvpx", "auto-alt-ref": "1", "lag-in-frames": "16", "cpu-used": "8"},
+    "vp8_webm": {"container": "webm", "codec": "libvpx", "cpu-used": "8"},
+    "equal_timestamps": {"container": "matroska", "rate": 5000, "g": "12", "bf": "0"},  # Matroska counts milliseconds
     "mpeg4_avi": {"container": "avi", "codec": "mpeg4", "bf": "2"},
     "mpeg2_ts": {"container": "mpegts", "codec": "mpeg2video", "bf": "2"},
 }
@@ -36,7 +38,7 @@ def _decode_all(blob: bytes) -> np.ndarray:
         return np.stack([frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)])
 
 
-def _remux(blob: bytes, path, container: str, shift: int = 0, drop: int = 0, **options: str) -> bytes:
+def _remux(blob: bytes, path: Path, container: str, shift: int = 0, drop: int = 0, **options: str) -> bytes:
     """The same packets in another container, without the first `drop`, `shift` frames earlier. Written to `path`."""
     with av.open(BytesIO(blob)) as source, av.open(str(path), "w", format=container, options=options) as target:
         stream = source.streams.video[0]
@@ -111,6 +113,24 @@ def test_an_edit_list_cuts_the_frames_a_player_does_not_show(h264_clip, tmp_path
     assert [frame_number(frame) for frame in decode_frames(blob, range(probe(blob).num_frames))] == shown
 
 
+def test_hidden_frames_are_not_counted(encode_clip, frame_number):
+    clip, file = BytesIO(encode_clip(**CLIPS["vp8_webm"])), BytesIO()
+    with av.open(clip) as source, av.open(file, "w", "webm") as target:
+        stream = source.streams.video[0]
+        copy = target.add_stream_from_template(stream)
+        for number, packet in enumerate(p for p in source.demux(stream) if p.size):
+            data = bytearray(bytes(packet))
+            data[0] &= ~0x10 if number in (10, 30) else 0xFF  # RFC 6386, section 9.1: the bit that shows a frame
+            edited = av.Packet(bytes(data))
+            edited.pts, edited.dts, edited.time_base, edited.is_keyframe = packet.pts, packet.dts, packet.time_base, packet.is_keyframe
+            edited.stream = copy
+            target.mux(edited)
+    blob = file.getvalue()
+    assert probe(blob).num_frames == 46
+    shown = [number for number in range(48) if number not in (10, 30)]
+    assert [frame_number(frame) for frame in decode_frames(blob, range(46))] == shown
+
+
 @pytest.mark.parametrize("container", ["mpegts", "mp4"])
 @pytest.mark.parametrize(("drop", "first"), [(3, 12), (13, 24)])
 def test_a_clip_that_starts_amid_a_group_of_pictures(h264_clip, tmp_path, frame_number, container, drop, first):
@@ -142,6 +162,13 @@ def test_a_stream_without_a_length_never_gives_wrong_frames(h264_clip, tmp_path,
             continue
         assert shown == sorted(set(shown))
         assert len(shown) < 48
+
+
+def test_a_stream_with_a_lost_packet_is_refused(encode_clip):
+    blob = encode_clip(**BFRAMES, container="mpegts")
+    start = 20 * 188  # amid a frame's packets, whose counter then has a gap
+    with pytest.raises(DataError, match="found an MPEG-TS file of .* with damaged packets"):
+        probe(blob[:start] + blob[start + 188 :])
 
 
 @pytest.mark.parametrize(
