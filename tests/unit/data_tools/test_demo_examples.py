@@ -191,11 +191,14 @@ def test_motion_goes_the_way_of_the_answer_and_stays_in_view(choice):
 
 @pytest.mark.parametrize("choice", clip_tasks.ORDER_CHOICES)
 def test_both_events_are_among_the_sampled_frames(choice):
+    """At two frames a second, each colour is seen twice or more, one after the other."""
     first, second, asked = choice
-    for seed in range(5):
+    for seed in range(10):
         example = clip_tasks.order(Random(seed), choice)
         seen = _sampled_colours(example.parts[0])
-        assert seen[0] == first and seen[-1] == second and set(seen) == {first, second}
+        num_first = seen.count(first)
+        assert seen == [first] * num_first + [second] * (len(seen) - num_first)
+        assert 2 <= num_first <= len(seen) - 2
         assert example.answer == (first if asked == "first" else second)
 
 
