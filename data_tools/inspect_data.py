@@ -97,7 +97,7 @@ def print_sample(console: Console, dataset: Dataset, tokenizer: KeyeTokenizer, s
     for number, segment in enumerate(patches):
         console.print(f"  segment {number}: {len(segment)} patches, mean grey level {segment.mean():.0f}", highlight=False)
     for text, supervised in _stretches(tokens, tokenizer):
-        console.print(text, style="bold" if supervised else "dim", markup=False, highlight=False, end="")
+        console.print(text, style="bold" if supervised else "dim", markup=False, highlight=False, soft_wrap=True, end="")
     console.print()
 
 

@@ -215,7 +215,7 @@ def _open_table(path: Path, name: str, num_rows: int) -> np.ndarray:
     # An empty array cannot be memory-mapped.
     table = np.load(file, mmap_mode="r" if num_rows else None, allow_pickle=False)
     if table.dtype != TABLES[name] or table.shape != (num_rows,):
-        raise ValueError(f"{file} holds {table.shape} of {table.dtype}, expected {num_rows} rows of {TABLES[name]}")
+        raise ValueError(f"{file} does not have {num_rows} rows of the {name} table's columns")
     return table
 
 
