@@ -4,9 +4,10 @@ torchrun ends with 1 whatever its workers ended with, so a launcher could not te
 from a crash that may be tried again. Takes torchrun's arguments.
 """
 
+import logging
 import sys
 from collections.abc import Sequence
-from signal import SIGTERM
+from signal import SIGTERM, Signals
 
 from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
@@ -30,15 +31,21 @@ def exit_code(worker_codes: Sequence[int]) -> int:
     return code if code > 0 else 128 - code
 
 
+def _ending(worker_code: int) -> str:
+    return f"exit code {worker_code}" if worker_code >= 0 else Signals(-worker_code).name
+
+
 def main(argv: Sequence[str]) -> int:
     """Runs the workers until they end and returns the exit code for all of them."""
+    # It tells of the first rank that ended; the line below tells of all.
+    logging.getLogger("torch.distributed.elastic.multiprocessing.api").setLevel(logging.CRITICAL)
     try:
         run(parse_args(list(argv)))
     except ChildFailedError as error:
         failures = sorted(error.failures.values(), key=lambda failure: failure.timestamp)
-        print(
-            f"{error.name}: ranks that failed: {', '.join(f'{f.local_rank} (exit code {f.exitcode})' for f in failures)}", file=sys.stderr
-        )
+        if not all(failure.exitcode in (*DELIBERATE, TAKEN_DOWN) for failure in failures):
+            died = ", ".join(f"{failure.local_rank} ({_ending(failure.exitcode)})" for failure in failures)
+            print(f"ranks that did not end well: {died}", file=sys.stderr)
         return exit_code([failure.exitcode for failure in failures])
     except SignalException as error:
         return 128 + error.sigval

@@ -49,9 +49,15 @@ class Dataset:
     def open(cls, folder: str | Path, tokenizer: KeyeTokenizer, variant: Variant, data_config: DataConfig) -> "Dataset":
         """Open the indexed shards of `folder`.
 
-        Raises DataError for a missing, damaged or outdated index, missing or truncated shards, and where no sample is usable.
+        Raises DataError for a missing folder, a missing, damaged or outdated index, missing or truncated shards, and where no sample
+        is usable.
         """
         folder = Path(folder)
+        if not folder.is_dir():
+            raise DataError(
+                f"no data set at {folder}: no such folder; write one with data_tools/make_shards.py INPUT.jsonl {folder} and "
+                f"data_tools/index_shards.py {folder}, or make the demo data with `make data`"
+            )
         rules = media_rules(data_config.image, data_config.video, variant)
         index = open_index(folder)
         _check_made(folder, index.made, made_with(tokenizer.fingerprint, rules))

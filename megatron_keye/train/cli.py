@@ -4,6 +4,7 @@ import argparse
 import importlib
 import os
 import sys
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
@@ -56,6 +57,7 @@ class _Parser(argparse.ArgumentParser):
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command line (without the program's name; None takes the process's own) and returns its exit code."""
     arguments = list(sys.argv[1:] if argv is None else argv)
+    _quiet_libraries()
     try:
         if not arguments or arguments[0] in ("-h", "--help"):
             print(_overview())
@@ -65,6 +67,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyeError as error:
         print(f"{_speaker()}: error: {error}", file=sys.stderr)
         return error.exit_code
+
+
+def _quiet_libraries() -> None:
+    """Leave out what libraries warn of about themselves: optional packages that are missing, deprecated calls from one to the
+    other. `python -W default` or PYTHONWARNINGS shows it all."""
+    if not sys.warnoptions:
+        for library in ("megatron", "torch"):
+            warnings.filterwarnings("ignore", module=rf"{library}\.")
 
 
 def _overview() -> str:

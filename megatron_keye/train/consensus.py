@@ -1,8 +1,12 @@
-"""Agreement of all ranks before a step's collectives begin: same plan, nobody failed, how many tokens are supervised.
+"""Agreement of all ranks before a step's collectives begin: same plan, nobody failed, and sums that everybody needs.
 
 One small sum over the world. Where a rank failed, every rank learns of it here, at the same place, and ends with its words;
 nothing is left waiting in a collective.
 """
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
@@ -11,51 +15,90 @@ from torch.distributed import ProcessGroup
 from megatron_keye.errors import KeyeError, PlanError
 
 MESSAGE_BYTES = 2048
+"""One byte for the exit code, the others for the message."""
+
+Item = TypeVar("Item")
 
 
 class PeerError(KeyeError):
-    """Another rank failed; the message is its own, and so is the exit code."""
+    """Another rank failed and says why; the message is its own, and so is the exit code."""
 
     def __init__(self, rank: int, message: str, exit_code: int):
         super().__init__(f"rank {rank} failed: {message}")
         self.exit_code = exit_code
 
 
-def agree(digest: bytes, num_supervised: int, failure: Exception | None, world: ProcessGroup, device: torch.device) -> int:
-    """The sum of `num_supervised` over the world, once all ranks have shown the same 32-byte plan `digest` and no failure.
+def agree(digest: bytes, counts: Sequence[int], failure: Exception | None, world: ProcessGroup, device: torch.device) -> list[int]:
+    """The sum of each of `counts` over the world, once all ranks have shown the same 32-byte plan `digest` and no failure.
 
-    Raises this rank's own `failure`, PeerError where only others failed, and PlanError where plans differ. The digests are
-    compared as a sum of int64 words, which may wrap.
+    Raises as `raise_together` does, and PlanError where plans differ. The digests are compared as a sum of int64 words, which may wrap.
     """
-    words = [0, num_supervised, *(int.from_bytes(digest[i : i + 8], "little", signed=True) for i in range(0, 32, 8))]
-    words[0] = int(failure is not None)
-    mine = torch.tensor(words, dtype=torch.int64, device=device)
+    words = [int.from_bytes(digest[i : i + 8], "little", signed=True) for i in range(0, 32, 8)]
+    mine = torch.tensor([int(failure is not None), *counts, *words], dtype=torch.int64, device=device)
     total = mine.clone()
     dist.all_reduce(total, group=world)
     if int(total[0]):
         raise_together(failure, world, device)
-    if not torch.equal(total[2:], mine[2:] * world.size()):
-        raise PlanError(
-            "the ranks derived different step plans; they must read the same index with the same settings and the same version "
-            "of this program: compare the run folder's config.yaml, data.train and the installed package on every host"
-        )
-    return int(total[1])
+    if not torch.equal(total[-len(words) :], mine[-len(words) :] * world.size()):
+        raise_together(_plans_differ(), world, device)
+    return total[1 : 1 + len(counts)].tolist()
 
 
 def raise_together(failure: Exception | None, world: ProcessGroup, device: torch.device) -> None:
-    """Raise on every rank when any has a `failure`: its own where it has one, else the lowest failing rank's as PeerError."""
+    """Raise on every rank when any has a `failure`: its own on the lowest failing rank and where it is another than that one's,
+    PeerError on all other ranks, so that the same words are not said by each of them."""
     nobody = world.size()
     first = torch.tensor(nobody if failure is None else world.rank(), device=device)
     dist.all_reduce(first, op=dist.ReduceOp.MIN, group=world)
     if int(first) == nobody:
         return
-    message = torch.zeros(MESSAGE_BYTES, dtype=torch.uint8, device=device)
-    if failure is not None:
-        code = failure.exit_code if isinstance(failure, KeyeError) else 1
-        text = bytes([code]) + (str(failure) or type(failure).__name__).encode()[: MESSAGE_BYTES - 1]
-        message[: len(text)] = torch.tensor(list(text), dtype=torch.uint8)
+    own = _to_bytes(failure)
+    message = torch.frombuffer(bytearray(own), dtype=torch.uint8).to(device)
     dist.broadcast(message, src=dist.get_global_rank(world, int(first)), group=world)
-    if failure is not None:
+    shown = bytes(message.cpu().tolist())
+    if failure is not None and (world.rank() == int(first) or own != shown):
         raise failure
-    code, *text = message.cpu().tolist()
-    raise PeerError(int(first), bytes(text).rstrip(b"\0").decode(errors="replace"), code)
+    raise PeerError(int(first), shown[1:].rstrip(b"\0").decode(errors="replace"), shown[0])
+
+
+@contextmanager
+def failing_together(world: ProcessGroup, device: torch.device) -> Iterator[None]:
+    """For a phase without collectives: what is raised in it on any rank is raised on all, as `raise_together` does."""
+    failure = None
+    try:
+        yield
+    except Exception as error:
+        # Whatever it is, the other ranks are about to wait for this one.
+        failure = error
+    raise_together(failure, world, device)
+
+
+@contextmanager
+def said_once(world: ProcessGroup, device: torch.device) -> Iterator[None]:
+    """For a phase whose KeyeErrors are raised on all ranks alike: the lowest rank's goes on, the others' become PeerError."""
+    try:
+        yield
+    except KeyeError as error:
+        raise_together(error, world, device)
+
+
+def from_all_ranks(items: list[Item], world: ProcessGroup) -> list[Item]:
+    """The items of every rank, by rank."""
+    gathered: list = [None] * world.size()
+    dist.all_gather_object(gathered, items, group=world)
+    return [item for part in gathered for item in part]
+
+
+def _to_bytes(failure: Exception | None) -> bytes:
+    if failure is None:
+        return bytes(MESSAGE_BYTES)
+    code = failure.exit_code if isinstance(failure, KeyeError) else 1
+    text = str(failure) if isinstance(failure, KeyeError) else f"{type(failure).__name__}: {failure}"
+    return (bytes([code]) + text.encode())[:MESSAGE_BYTES].ljust(MESSAGE_BYTES, b"\0")
+
+
+def _plans_differ() -> PlanError:
+    return PlanError(
+        "the ranks derived different step plans; they must read the same index with the same settings and the same version "
+        "of this program: compare the run folder's config.yaml, data.train and the installed package on every host"
+    )

@@ -19,13 +19,18 @@ class Requests:
 
 
 class Control:
-    """Collects requests on every rank; `poll` makes them everybody's."""
+    """Collects requests on every rank; `poll` makes them everybody's.
+
+    Made when the run starts: from then on signals are requests, and a STOP file that lay there already was meant for an earlier start.
+    """
 
     def __init__(self, run_dir: RunDir, groups: Groups, device: torch.device):
         self._run_dir, self._groups, self._device = run_dir, groups, device
         self._signalled = False
         for number in STOP_SIGNALS:
             signal.signal(number, self._on_signal)
+        if groups.rank == 0:
+            run_dir.answer("STOP")
 
     def _on_signal(self, number: int, frame) -> None:
         self._signalled = True

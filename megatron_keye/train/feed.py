@@ -16,6 +16,7 @@ from dataclasses import dataclass
 import torch
 
 from megatron_keye.config.schema import RunConfig
+from megatron_keye.contract.rows import num_supervised
 from megatron_keye.data.broadcast import broadcast_rows, scatter_patches
 from megatron_keye.data.dataset import Dataset
 from megatron_keye.data.loader import (
@@ -26,7 +27,6 @@ from megatron_keye.data.loader import (
     replica_pixel_bytes,
     stack_patches,
 )
-from megatron_keye.contract.rows import num_supervised
 from megatron_keye.errors import SettingsError
 from megatron_keye.model.decoder_config import PRECISION
 from megatron_keye.parallel.groups import Groups
@@ -34,13 +34,13 @@ from megatron_keye.plan.cursor import Cursor
 from megatron_keye.plan.digest import plan_digest
 from megatron_keye.plan.types import ReplicaPlan, StepPlan
 from megatron_keye.train.batch import RankInputs, StepBatch, make_batch
-from megatron_keye.train.consensus import agree
+from megatron_keye.train.consensus import agree, from_all_ranks
 from megatron_keye.train.placement import Planner
 
 
 @dataclass(frozen=True)
 class FedStep:
-    """One step ready to run: its plan and batch, the cursor after it, what its replica had to skip, and how long it took to get."""
+    """One step ready to run: its plan and batch, the cursor after it, what any replica had to skip, and how long it took to get."""
 
     plan: StepPlan
     after: Cursor
@@ -80,18 +80,20 @@ class Feed:
         failure = prepared if isinstance(prepared, Exception) else None
         digest = bytes(32) if failure else plan_digest(prepared.plan)
         supervised = 0 if failure else self._count_supervised(prepared)
-        total = agree(digest, supervised, failure, self._groups.world, self._device)
-        batch = self._deliver(prepared, total)
-        skipped = [] if prepared.data is None else prepared.data.skipped
+        own_skipped = [] if failure or prepared.data is None else prepared.data.skipped
+        num_supervised, num_skipped = agree(digest, (supervised, len(own_skipped)), failure, self._groups.world, self._device)
+        skipped = from_all_ranks(own_skipped, self._groups.world) if num_skipped else []
+        batch = self._deliver(prepared, num_supervised)
         return FedStep(prepared.plan, prepared.after, batch, skipped, time.perf_counter() - began_s)
 
     def close(self) -> None:
+        """End the background thread, and with it what it was decoding, within the time that one sample takes."""
         with self._changed:
             self._closed = True
             self._changed.notify_all()
-        self._thread.join()
         if self._loader is not None:
             self._loader.close()
+        self._thread.join()
 
     def _prepare_ahead(self, cursor: Cursor) -> None:
         """Runs in the background until closed, or until a step fails: the exception then stands in the queue in its place."""

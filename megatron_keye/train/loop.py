@@ -17,13 +17,13 @@ from megatron_keye.config.schema import RunConfig
 from megatron_keye.data.dataset import Dataset
 from megatron_keye.data.loader import ReplicaLoader
 from megatron_keye.data.tokenizer import KeyeTokenizer, load_tokenizer
-from megatron_keye.errors import DataError, KeyeError, NumericError, SettingsError
+from megatron_keye.errors import DataError, NumericError, SettingsError
 from megatron_keye.plan.cursor import Cursor, ResumeState, RunIdentity, check_resumable
-from megatron_keye.train.build import build_model, build_optimizer
 from megatron_keye.train import checkpointing
-from megatron_keye.train.consensus import raise_together
+from megatron_keye.train.build import build_model, build_optimizer
+from megatron_keye.train.consensus import failing_together, said_once
 from megatron_keye.train.control import Control
-from megatron_keye.train.feed import Feed, FedStep
+from megatron_keye.train.feed import FedStep, Feed
 from megatron_keye.train.placement import Planner
 from megatron_keye.train.recorder import Recorder, StepRecord
 from megatron_keye.train.run_dir import RunDir, write_atomically
@@ -41,25 +41,41 @@ class Inputs:
     valid: Dataset | None
 
 
-def open_inputs(config: RunConfig, runtime: Runtime) -> Inputs:
-    """Open tokenizer and indices. A failure on any rank is raised on all of them."""
-    inputs, failure = None, None
-    try:
-        tokenizer = load_tokenizer(config.data.tokenizer, config.model.variant)
-        if tokenizer.vocab_size > config.model.decoder.vocab_size:
-            raise SettingsError(
-                f"the tokenizer at {config.data.tokenizer} has {tokenizer.vocab_size} ids, and model.decoder.vocab_size is "
-                f"{config.model.decoder.vocab_size}; use the model's own tokenizer, or raise vocab_size for a fresh model"
+def open_inputs(config: RunConfig) -> Inputs:
+    """Open tokenizer and indices. Raises SettingsError or DataError."""
+    data, variant = config.data, config.model.variant
+    tokenizer = load_tokenizer(data.tokenizer, variant)
+    if tokenizer.vocab_size > config.model.decoder.vocab_size:
+        raise SettingsError(
+            f"the tokenizer at {data.tokenizer} has {tokenizer.vocab_size} ids, and model.decoder.vocab_size is "
+            f"{config.model.decoder.vocab_size}; use the model's own tokenizer, or raise vocab_size for a fresh model"
+        )
+    train = Dataset.open(data.train, tokenizer, variant, data)
+    valid = None if data.valid is None else Dataset.open(data.valid, tokenizer, variant, data)
+    return Inputs(tokenizer, train, valid)
+
+
+class Limits:
+    """What may go wrong how often since the run last started. Counts are the same on all ranks."""
+
+    def __init__(self, config: RunConfig):
+        self._config = config
+        self._nonfinite_steps = self._skipped_samples = 0
+
+    def count(self, fed: FedStep, result: StepResult) -> None:
+        """Raises NumericError or DataError where a limit is passed."""
+        self._nonfinite_steps += int(not math.isfinite(result.grad_norm))
+        self._skipped_samples += len(fed.skipped)
+        if self._nonfinite_steps > self._config.train.max_nonfinite_steps:
+            raise NumericError(
+                f"{self._nonfinite_steps} steps had gradients that were not finite, and train.max_nonfinite_steps is "
+                f"{self._config.train.max_nonfinite_steps}; lower optimizer.lr, or look at the samples of those steps in ledger.jsonl"
             )
-        train = Dataset.open(config.data.train, tokenizer, config.model.variant, config.data)
-        valid = None
-        if config.data.valid is not None:
-            valid = Dataset.open(config.data.valid, tokenizer, config.model.variant, config.data)
-        inputs = Inputs(tokenizer, train, valid)
-    except KeyeError as error:
-        failure = error
-    raise_together(failure, runtime.groups.world, runtime.device)
-    return inputs
+        if self._skipped_samples > self._config.data.max_skipped_samples:
+            raise DataError(
+                f"{self._skipped_samples} samples could not be read, and data.max_skipped_samples is "
+                f"{self._config.data.max_skipped_samples}; ledger.jsonl names each with its reason: repair the data or raise the limit"
+            )
 
 
 class Training:
@@ -68,17 +84,20 @@ class Training:
     def __init__(self, config: RunConfig, run_dir: RunDir, runtime: Runtime):
         self.config, self.run_dir, self.runtime = config, run_dir, runtime
         run_dir.heartbeat(runtime.groups.rank, 0, "setup")
-        self.inputs = open_inputs(config, runtime)
-        self.model = build_model(config, runtime.groups, runtime.device)
+        self.control = Control(run_dir, runtime.groups, runtime.device)
+        with failing_together(runtime.groups.world, runtime.device):
+            self.inputs = open_inputs(config)
+        with said_once(runtime.groups.world, runtime.device):
+            self.model = build_model(config, runtime.groups, runtime.device)
         self.step = TrainStep(self.model, build_optimizer(self.model))
         self.planner = Planner(config, runtime.groups.grid.dp)
         self.identity = RunIdentity(config.train.seed, self.inputs.train.fingerprint, config.data.global_batch_samples)
-        self.control = Control(run_dir, runtime.groups, runtime.device)
         self._loaded_notes: list[str] = []
 
     def run(self) -> None:
         """Train to the last step, or to a request to stop. Raises KeyeError subclasses that carry the exit code."""
-        cursor = self._resume()
+        with said_once(self.runtime.groups.world, self.runtime.device):
+            cursor = self._resume()
         self.recorder = Recorder(self.run_dir, self.runtime, self.planner, cursor.step, self.config.train.steps)
         try:
             self._announce(cursor)
@@ -91,28 +110,32 @@ class Training:
     def _steps(self, cursor: Cursor) -> tuple[Cursor, bool]:
         """Train from `cursor` on; returns where it ended, and whether that was by request."""
         settings = self.config.train
+        saved = cursor
+        limits = Limits(self.config)
         feed = self._feed(self.inputs.train, cursor)
-        nonfinite_steps = skipped_samples = 0
         try:
-            while cursor.step < settings.steps:
+            while True:
+                requests = self.control.poll()
+                due = cursor.step % settings.save_every_steps == 0 or cursor.step >= settings.steps
+                if (due or requests.save or requests.stop) and cursor != saved:
+                    self._save(cursor)
+                    saved = cursor
+                if requests.save and self.runtime.is_main:
+                    self.run_dir.answer("SAVE")
+                if cursor.step >= settings.steps:
+                    return cursor, False
+                if requests.stop:
+                    self.recorder.say(f"stopped on request after {cursor.step} steps; the same command goes on from there")
+                    return cursor, True
                 self._heartbeat(cursor, "step")
                 fed, result = self._one_step(feed)
                 cursor = fed.after
-                nonfinite_steps += int(not math.isfinite(result.grad_norm))
-                skipped_samples += len(fed.skipped)
-                self._check_limits(nonfinite_steps, skipped_samples)
-                requests = self.control.poll()
-                due = cursor.step % settings.save_every_steps == 0 or cursor.step == settings.steps
-                if due or requests.save or requests.stop:
-                    self._save(cursor)
-                if requests.stop and cursor.step < settings.steps:
-                    self.recorder.say(f"stopped on request after step {cursor.step}; the same command goes on from there")
-                    return cursor, True
+                with said_once(self.runtime.groups.world, self.runtime.device):
+                    limits.count(fed, result)
                 if settings.valid_every_steps and cursor.step % settings.valid_every_steps == 0 and cursor.step < settings.steps:
                     self._validate(cursor)
         finally:
             feed.close()
-        return cursor, False
 
     def _one_step(self, feed: Feed) -> tuple[FedStep, StepResult]:
         began_s = time.perf_counter()
@@ -134,19 +157,19 @@ class Training:
         return Feed(self.config, self.runtime.groups, dataset, loader, self.planner, cursor, self.runtime.device)
 
     def _validate(self, cursor: Cursor) -> None:
-        """The mean loss of the first `valid_steps` steps of the held-out set, always the same samples."""
+        """The mean loss of the first `valid_steps` steps of the held-out set, always the same samples; none when asked to stop."""
         if self.inputs.valid is None:
             return
         feed = self._feed(self.inputs.valid, Cursor())
         total = supervised = 0.0
         try:
             for _ in range(self.config.train.valid_steps):
+                if self.control.poll().stop:
+                    return
                 self._heartbeat(cursor, "eval")
                 fed = feed.next_step()
                 total += self.step.evaluate(fed.batch) * fed.batch.num_supervised
                 supervised += fed.batch.num_supervised
-                if self.control.poll().stop:
-                    break
         finally:
             feed.close()
         self.recorder.validated(cursor.step, total / max(supervised, 1.0))
@@ -171,9 +194,8 @@ class Training:
         record = RunRecord(cursor.step, state.to_json(), dump_config(self.config), cursor.ledger.hex(), versions)
         keep = self.config.train.keep_checkpoints
         fingerprint = self.inputs.tokenizer.fingerprint
-        checkpointing.save(self.run_dir.checkpoints, self.model, self.step.optimizer, record, fingerprint, keep)
-        if self.runtime.is_main:
-            self.run_dir.answer("SAVE")
+        with said_once(self.runtime.groups.world, self.runtime.device):
+            checkpointing.save(self.run_dir.checkpoints, self.model, self.step.optimizer, record, fingerprint, keep)
 
     def _finish(self, cursor: Cursor) -> None:
         self._validate(cursor)
@@ -184,7 +206,6 @@ class Training:
     def _announce(self, cursor: Cursor) -> None:
         if self.runtime.is_main:
             write_atomically(self.run_dir.config, dump_config(self.config))
-            self.run_dir.answer("STOP")
         train = self.inputs.train
         for note in self._loaded_notes:
             self.recorder.say(note)
@@ -192,20 +213,10 @@ class Training:
             self.recorder.say(f"left out of the training set: {sample_id}: {reason}")
         if len(train.rejected) > 10:
             self.recorder.say(f"... and {len(train.rejected) - 10} more that do not fit a row")
-        start = f"resuming at step {cursor.step}" if cursor.step else "starting"
-        self.recorder.say(f"{start}: {len(train)} samples, {self.config.train.steps} steps, layout {self.runtime.groups.grid}")
-
-    def _check_limits(self, nonfinite_steps: int, skipped_samples: int) -> None:
-        if nonfinite_steps > self.config.train.max_nonfinite_steps:
-            raise NumericError(
-                f"{nonfinite_steps} steps had gradients that were not finite, and train.max_nonfinite_steps is "
-                f"{self.config.train.max_nonfinite_steps}; lower optimizer.lr, or look at the data of those steps in ledger.jsonl"
-            )
-        if skipped_samples > self.config.data.max_skipped_samples:
-            raise DataError(
-                f"{skipped_samples} samples could not be read, and data.max_skipped_samples is "
-                f"{self.config.data.max_skipped_samples}; ledger.jsonl names each with its reason"
-            )
+        start = f"resuming after {cursor.step} steps" if cursor.step else "starting"
+        grid = self.runtime.groups.grid
+        layout = f"tp {grid.tp} x cp {grid.cp} x pp {grid.pp} x dp {grid.dp}"
+        self.recorder.say(f"{start}: {len(train):,} samples, {self.config.train.steps} steps, {layout} on {self.runtime.device.type}")
 
     def _heartbeat(self, cursor: Cursor, phase: str) -> None:
         self.run_dir.heartbeat(self.runtime.groups.rank, cursor.step, phase)

@@ -40,12 +40,12 @@ class Recorder:
 
     def __init__(self, run_dir: RunDir, runtime: Runtime, planner: Planner, first_step: int, num_steps: int):
         self._runtime, self._planner, self._num_steps = runtime, planner, num_steps
-        self._metrics, self._ledger = JsonLines(run_dir.metrics), JsonLines(run_dir.ledger)
+        self._metrics, self._ledger, self._validation = (JsonLines(p) for p in (run_dir.metrics, run_dir.ledger, run_dir.validation))
         self._board = self._progress = None
         self._last_log_s = -math.inf
         if runtime.is_main:
-            self._metrics.keep_before(first_step)
-            self._ledger.keep_before(first_step)
+            for lines in (self._metrics, self._ledger, self._validation):
+                lines.keep_before(first_step)
             self._board = SummaryWriter(str(run_dir.tensorboard), purge_step=first_step)
             self._console = Console(stderr=True)
             if self._console.is_terminal:
@@ -67,11 +67,14 @@ class Recorder:
         if self._runtime.is_main:
             self._console.print(message, markup=False, highlight=False)
 
-    def validated(self, step: int, loss: float) -> None:
-        """A validation loss, before training step `step`; it goes into that step's TensorBoard and to whoever watches."""
+    def validated(self, num_steps: int, loss: float) -> None:
+        """A validation loss after `num_steps` steps."""
         if self._runtime.is_main:
-            self._board.add_scalar("valid/loss", loss, step)
-            self.say(f"step {step}: validation loss {loss:.4f}")
+            last_step = num_steps - 1
+            self._validation.keep_before(last_step)
+            self._validation.append({"step": last_step, "loss": loss})
+            self._board.add_scalar("valid/loss", loss, last_step)
+            self.say(f"step {num_steps}/{self._num_steps}  validation loss {loss:.4f}")
 
     def close(self) -> None:
         if self._progress is not None:
@@ -98,7 +101,16 @@ class Recorder:
         for name, value in fields.items():
             if name not in ("step", "updated"):
                 self._board.add_scalar(f"train/{name}", value, plan.step)
+        self._remark(record)
         self._show(fields)
+
+    def _remark(self, record: StepRecord) -> None:
+        """Say what somebody should look into."""
+        done = record.fed.plan.step + 1
+        for sample in record.fed.skipped:
+            self.say(f"step {done}: left out {sample.sample_id}: {sample.reason}")
+        if not math.isfinite(record.result.grad_norm):
+            self.say(f"step {done}: the gradient is not finite, so no weight was changed")
 
     def _balance(self, record: StepRecord, phases_RP: torch.Tensor) -> dict[str, float]:
         """max / mean over ranks: predicted by the planner's own function, and as it came out."""
@@ -125,6 +137,7 @@ def _counts(record: StepRecord) -> dict[str, int]:
     documents = [d for replica in record.fed.plan.replicas for row in replica.rows for d in row.documents]
     return {
         "samples": len(documents),
+        "skipped_samples": len(record.fed.skipped),
         "tokens": sum(d.shape.num_tokens for d in documents),
         "visual_tokens": sum(d.shape.num_visual_tokens for d in documents),
         "supervised_tokens": record.fed.batch.num_supervised,

@@ -2,6 +2,7 @@
 
     config.yaml       settings as resolved when the run last started
     metrics.jsonl     one line per step
+    validation.jsonl  one line per validation; its step is the last one trained before it
     ledger.jsonl      which samples each step trained on, chained by hash
     checkpoints/      step_00000123/ ...
     heartbeats/rankN  "step time phase", renewed at every phase change
@@ -11,6 +12,7 @@
 """
 
 import json
+import math
 import os
 import time
 from pathlib import Path
@@ -24,6 +26,7 @@ class RunDir:
     def __init__(self, path: str | Path):
         self.path = Path(path)
         self.metrics = self.path / "metrics.jsonl"
+        self.validation = self.path / "validation.jsonl"
         self.ledger = self.path / "ledger.jsonl"
         self.checkpoints = self.path / "checkpoints"
         self.config = self.path / "config.yaml"
@@ -71,15 +74,17 @@ class JsonLines:
         self.path = path
 
     def keep_before(self, step: int) -> None:
-        """Drop the lines of steps from `step` on, which a resumed run will write again, and anything torn."""
+        """Drop the lines of steps from `step` on, which a resumed run will write again, and any that is torn."""
         if not self.path.exists():
             return
         kept = [line for line in self.path.read_text(encoding="utf-8").splitlines() if _step_of(line) < step]
         write_atomically(self.path, "".join(f"{line}\n" for line in kept))
 
     def append(self, fields: dict) -> None:
+        """Numbers that are not finite become null, which is all that JSON has for them."""
+        finite = {name: None if isinstance(value, float) and not math.isfinite(value) else value for name, value in fields.items()}
         with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(fields) + "\n")
+            file.write(json.dumps(finite, allow_nan=False) + "\n")
 
 
 def _step_of(line: str) -> float:

@@ -23,7 +23,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     from rich.console import Console
-    from rich.progress import track
+    from rich.progress import Progress
 
     from megatron_keye.data.dataset import Dataset
     from megatron_keye.errors import SettingsError
@@ -39,13 +39,13 @@ def run(args: argparse.Namespace) -> int:
             raise SettingsError("the run has no data.valid; name a folder of indexed shards with --data")
         dataset = Dataset.open(folder, opened.tokenizer, opened.config.model.variant, opened.config.data)
         scorer = Scorer(opened.model, opened.tokenizer.specials.endoftext)
-        console = Console()
-        ticks = iter(track(range(2 * len(dataset)), "evaluating", console=Console(stderr=True), transient=True))
-        results = evaluate(scorer, dataset, lambda: next(ticks, None))
+        with Progress(console=Console(stderr=True), transient=True) as progress:
+            task_id = progress.add_task("evaluating", total=2 * len(dataset))
+            results = evaluate(scorer, dataset, lambda: progress.advance(task_id))
         for task, chance in chance_levels(folder).items():
             if task in results:
                 results[task].chance = chance
-        console.print(_table(results, f"{args.run_dir}, step {opened.step}, on {folder}"))
+        Console().print(_table(results, f"{args.run_dir}, step {opened.step}, on {folder}"))
         if args.json:
             fields = {"step": opened.step, "data": str(folder), "tasks": {task: r.fields() for task, r in results.items()}}
             Path(args.json).write_text(json.dumps(fields, indent=2) + "\n", encoding="utf-8")

@@ -3,6 +3,7 @@
 import argparse
 import os
 
+from megatron_keye.config.derive import require_valid
 from megatron_keye.config.schema import RunConfig
 from megatron_keye.train.commands import add_settings_arguments, settings_from
 
@@ -22,16 +23,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_settings_arguments(parser)
     parser.add_argument("--run-dir", metavar="DIR", help="where the run lives (default: runs/NAME of the settings)")
     parser.add_argument("--dry-run", action="store_true", help="show what would run, and start nothing")
-    parser.add_argument("--processes", type=int, metavar="N", help="with --dry-run: for N processes")
+    parser.add_argument("--check", action="store_true", help="only check the settings; says nothing where they are right")
+    parser.add_argument("--processes", type=int, metavar="N", help="with --dry-run or --check: for N processes")
 
 
 def run(args: argparse.Namespace) -> int:
     config = settings_from(args)
+    processes = args.processes or int(os.environ.get("WORLD_SIZE", "1"))
+    if args.check:
+        require_valid(config, processes)
+        return 0
     if args.dry_run:
         from megatron_keye.train.dry_run import describe
 
-        processes = args.processes or int(os.environ.get("WORLD_SIZE", "1"))
-        print(describe(config, processes))
+        if _is_main():
+            print(describe(config, processes))
         return 0
     name = os.path.splitext(os.path.basename(args.settings))[0]
     return _train(config, args.run_dir or os.path.join("runs", name))
@@ -39,18 +45,26 @@ def run(args: argparse.Namespace) -> int:
 
 def _train(config: RunConfig, path: str) -> int:
     from megatron_keye.train import runtime
+    from megatron_keye.train.consensus import PeerError
     from megatron_keye.train.loop import Training
     from megatron_keye.train.run_dir import RunDir
 
     run_dir = RunDir(path)
     run_dir.create()
     if run_dir.is_done:
-        if os.environ.get("RANK", "0") == "0":
+        if _is_main():
             print(f"{run_dir.path} is complete; choose another --run-dir to train again, or delete {run_dir.path}/DONE to train on")
         return 0
     started = runtime.start(config)
     try:
         Training(config, run_dir, started).run()
+    except PeerError as error:
+        # The rank that failed says why.
+        return error.exit_code
     finally:
         runtime.stop()
     return 0
+
+
+def _is_main() -> bool:
+    return os.environ.get("RANK", "0") == "0"
