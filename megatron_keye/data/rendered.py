@@ -69,7 +69,6 @@ class TemplateTokenizer:
             flags += [supervised[at : place - 1], np.zeros(len(ids[-1]), dtype=bool)]
             at = place + 2
         all_ids, all_flags = np.concatenate([*ids, token_ids[at:]]), np.concatenate([*flags, supervised[at:]])
-        all_flags[0] = False
         segments = _segments(np.flatnonzero(np.isin(all_ids, self.tokenizer.specials.placeholders)).tolist(), items)
         return TokenizedSample(all_ids, all_flags, SampleShape(len(all_ids), segments))
 

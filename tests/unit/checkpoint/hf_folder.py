@@ -15,7 +15,7 @@ from megatron_keye.config.schema import DecoderConfig, ModelConfig, VisionConfig
 from megatron_keye.model.init import proof_tensor
 from tests.unit.data.conftest import write_tokenizer
 
-MAX_POSITIONS = 700
+MAX_POSITIONS = 4096
 PREPROCESSOR = {
     "do_convert_rgb": True, "do_normalize": True, "do_rescale": True, "do_resize": True, "image_mean": [0.5, 0.5, 0.5],
     "image_std": [0.5, 0.5, 0.5], "max_pixels": 1003520, "merge_size": 2, "min_pixels": 3136, "patch_size": 14, "resample": 3,

@@ -68,6 +68,22 @@ def test_rope_parameters_of_newer_files_are_read(changed):
     assert (decoder.rope_base, decoder.mrope_section) == (5e6, (8, 4, 4))
 
 
+def test_settings_of_the_vision_tower_are_read(changed):
+    vision = make_hf_config(small_model("keye_vl_1_5"), dict.fromkeys(RELEASED_IDS, 0), 64)["vision_config"]
+    given = {"layer_norm_eps": 1e-4, "rope_theta": 500.0, "image_size": 280}
+    read = read_hf_config(changed(vision_config=vision | given)).vision
+    assert (read.norm_eps, read.rope_base, read.position_table_side) == (1e-4, 500.0, 20)
+    absent = {name: value for name, value in vision.items() if name not in given}
+    assert read_hf_config(changed(vision_config=absent)).vision == small_model("keye_vl_1_5").vision
+
+
+def test_position_tables_of_any_size_are_written():
+    vision = small_model("keye_vl_1_5").vision.model_copy(update={"position_table_side": 20, "norm_eps": 1e-4, "rope_base": 500.0})
+    model = small_model("keye_vl_1_5").model_copy(update={"vision": vision})
+    written = make_hf_config(model, RELEASED_IDS, 64)["vision_config"]
+    assert (written["image_size"], written["layer_norm_eps"], written["rope_theta"]) == (280, 1e-4, 500.0)
+
+
 def test_a_missing_head_dim_is_an_equal_share(changed):
     assert read_hf_config(changed(head_dim=None)).decoder.head_dim == 16
 

@@ -24,7 +24,7 @@ from megatron_keye.errors import DataError, NumericError
 from megatron_keye.train import cli
 from megatron_keye.train.inference import SampleScore
 from megatron_keye.train.scoring import write_scores
-from tests.unit.checkpoint.hf_folder import CHAT_TEMPLATE, paddleocr_vision, qwen3, small_model, tensors_of, write_hf_folder
+from tests.unit.checkpoint.hf_folder import CHAT_TEMPLATE, PREPROCESSOR, paddleocr_vision, qwen3, small_model, tensors_of, write_hf_folder
 from tests.unit.data.corpus import mp4, png
 from tests.unit.train.forked import keye
 from tests.unit.train.saved_run import save_run
@@ -57,6 +57,8 @@ PICTURES = {
     "id": "pictures",
     "messages": [user(image("wide.png"), "and ", image("media/tall.png")), assistant("Three"), user(image("wide.png")), assistant("2")],
 }
+LONG = {"id": "long", "messages": [user("red blue " * 400), assistant("Three")]}
+"""Longer than the rows that samples share."""
 CLIP = {"id": "clip", "messages": [user("first ", {"type": "video", "video": "clip.mp4"}, "then?"), assistant("blue, red.")]}
 
 
@@ -195,7 +197,10 @@ def lines_of(path: Path) -> list[dict]:
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
-@pytest.mark.parametrize(("variant", "records"), [("keye_vl_1_5", [TEXT, CLIP, PICTURES, SYSTEM]), ("keye_vl_preview", [PICTURES, TEXT])])
+@pytest.mark.parametrize(
+    ("variant", "records"),
+    [("keye_vl_1_5", [TEXT, CLIP, PICTURES, SYSTEM]), ("keye_vl_preview", [PICTURES, LONG, TEXT])],
+)  # fmt: skip
 def test_scores_equal_transformers(variant, records, tmp_path, record_property):
     folder = write_hf_folder(tmp_path / "hf", variant)
     samples, output = write_samples(tmp_path / "data", *records), tmp_path / "scores.jsonl"
@@ -215,6 +220,28 @@ def test_scores_equal_transformers(variant, records, tmp_path, record_property):
         assert line["logprob_sum"] == pytest.approx(found.sum(), abs=1e-9)
     assert np.std([logprob for line in lines for logprob in line["logprobs"]]) > 0.1, "weights that tell tokens apart"
     assert not list(tmp_path.glob(".*partial"))
+
+
+def test_settings_of_folder_and_command_are_honoured(tmp_path):
+    folder = write_hf_folder(tmp_path / "hf", "keye_vl_1_5")
+    samples, output = write_samples(tmp_path / "data", PICTURES), tmp_path / "scores.jsonl"
+
+    def score(*options):
+        code, text = keye("score", "--model", folder, "--input", samples, "--output", output, *options)
+        assert code == 0, text
+        return lines_of(output)[0]
+
+    exact, rounded = np.array(score()["logprobs"]), np.array(score("--precision", "bf16")["logprobs"])
+    assert 1e-4 < np.abs(exact - rounded).max() < 0.3
+    num_tokens = score()["num_tokens"]
+    (folder / "preprocessor_config.json").write_text(json.dumps(PREPROCESSOR | {"max_pixels": 4 * 784}))
+    # Pictures of 10, 18 and 10 tokens, none above 4 now.
+    assert score()["num_tokens"] == num_tokens - (10 - 3) - (18 - 2) - (10 - 3)
+    (folder / "chat_template.json").unlink()
+    (folder / "tokenizer_config.json").write_text("{}")
+    assert score()["num_tokens"] == num_tokens - 30
+    code, text = keye("score", "--model", folder, "--input", samples, "--output", output, "--vision-attention", "flash")
+    assert code == 65 and "flash" in text
 
 
 def test_runs_and_checkpoints_score_as_the_same_hf_folder(tmp_path):
