@@ -65,7 +65,7 @@ class Recorder:
     def say(self, message: str) -> None:
         """One line for people, from the main rank only."""
         if self._runtime.is_main:
-            self._console.print(message, markup=False, highlight=False)
+            self._console.print(message, markup=False, highlight=False, soft_wrap=True)
 
     def validated(self, num_steps: int, loss: float) -> None:
         """A validation loss after `num_steps` steps."""

@@ -6,6 +6,7 @@ import os
 from megatron_keye.config.derive import require_valid
 from megatron_keye.config.schema import RunConfig
 from megatron_keye.train.commands import add_settings_arguments, settings_from
+from megatron_keye.train.run_dir import RunDir
 
 HELP = """Train a model. The same command again goes on where the run was, or says that it is complete.
 
@@ -44,17 +45,17 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _train(config: RunConfig, path: str) -> int:
-    from megatron_keye.train import runtime
-    from megatron_keye.train.consensus import PeerError
-    from megatron_keye.train.loop import Training
-    from megatron_keye.train.run_dir import RunDir
-
     run_dir = RunDir(path)
     run_dir.create()
     if run_dir.is_done:
         if _is_main():
             print(f"{run_dir.path} is complete; choose another --run-dir to train again, or delete {run_dir.path}/DONE to train on")
         return 0
+
+    from megatron_keye.train import runtime
+    from megatron_keye.train.consensus import PeerError
+    from megatron_keye.train.loop import Training
+
     started = runtime.start(config)
     try:
         Training(config, run_dir, started).run()

@@ -1,0 +1,335 @@
+"""Whole runs of the tiny model: what is written, what a restart gives, what requests do."""
+
+import math
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from itertools import pairwise
+
+import pytest
+import torch
+
+from megatron_keye.checkpoint.store import checkpoints
+from megatron_keye.config.load import dump_config
+from megatron_keye.errors import KeyeError
+from megatron_keye.parallel.launch import WorkerError
+from megatron_keye.plan.cursor import Cursor
+from megatron_keye.plan.digest import LEDGER_START, ledger_digest
+from megatron_keye.train.placement import Planner
+from megatron_keye.train.run_dir import RunDir
+from tests.tiny import HookedTraining, image_part, losses, no_hook, on_ranks, read_lines, runtime_here, tiny_record, train, write_part
+
+EVERY_FIELD = {
+    "step", "loss", "grad_norm", "lr", "supervised_tokens", "tokens", "visual_tokens", "samples", "step_time_s", "data_wait_s",
+    "encode_s", "route_s", "decoder_s", "encode_backward_s", "optimizer_s", "tokens_per_s", "decoder_imbalance_predicted",
+    "vision_imbalance_predicted", "decoder_imbalance_measured", "vision_imbalance_measured", "memory_bytes",
+}  # fmt: skip
+"""What the metrics must hold."""
+
+
+def die_in(phase, step, rank=0):
+    """A hook that kills `rank` with SIGKILL when `phase` begins after `step` steps."""
+
+    def hook(training, now, finished):
+        if (now, finished, training.runtime.groups.rank) == (phase, step, rank):
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    return hook
+
+
+def ask(name, step):
+    """A hook that puts the file `name` there before the step after `step` steps."""
+
+    def hook(training, phase, finished):
+        if phase == "step" and finished == step:
+            (training.run_dir.path / name).touch()
+
+    return hook
+
+
+def steps_saved(path):
+    return [int(folder.name.removeprefix("step_")) for folder in checkpoints(RunDir(path).checkpoints)]
+
+
+@pytest.fixture(scope="module")
+def straight(tiny, tmp_path_factory):
+    """An undisturbed run at dp2: its directory and final weights."""
+    path = tmp_path_factory.mktemp("straight")
+    return path, train("dp2", tiny.config(), path)
+
+
+def assert_same_run(path, weights, straight):
+    straight_path, straight_weights = straight
+    assert losses(path) == losses(straight_path)
+    assert RunDir(path).ledger.read_text() == RunDir(straight_path).ledger.read_text()
+    assert weights.keys() == straight_weights.keys()
+    for name, weight in weights.items():
+        assert torch.equal(weight, straight_weights[name]), name
+
+
+def test_the_metrics_hold_every_field(straight):
+    lines = read_lines(RunDir(straight[0]).metrics)
+    assert [line["step"] for line in lines] == list(range(6))
+    for line in lines:
+        assert line.keys() >= EVERY_FIELD
+        assert line["samples"] == 4
+        assert line["updated"] is True
+        parts = [line[f"{part}_s"] for part in ("data_wait", "encode", "route", "decoder", "encode_backward", "optimizer")]
+        assert all(seconds >= 0 for seconds in parts)
+        # Parts are means over ranks, the whole is that of the main rank; they end every step together.
+        assert sum(parts) == pytest.approx(line["step_time_s"], rel=0.3, abs=0.05)
+
+
+def test_the_ledger_is_the_plans_order_chained_by_hash(tiny, straight):
+    config = tiny.config()
+    shapes, cursor, digest = tiny.dataset(config).shapes, Cursor(), LEDGER_START
+    for line in read_lines(RunDir(straight[0]).ledger):
+        plan, cursor = Planner(config, num_replicas=1).plan(shapes, cursor)
+        digest = ledger_digest(digest, line["samples"])
+        assert line == {"step": plan.step, "samples": list(plan.members), "digest": digest.hex(), "updated": True, "skipped": []}
+    assert cursor.step == 6
+
+
+def test_a_run_leaves_its_settings_heartbeats_and_newest_checkpoints(tiny, straight):
+    run = RunDir(straight[0])
+    assert run.is_done
+    assert run.config.read_text() == dump_config(tiny.config())
+    assert {path.name: path.read_text().split()[::2] for path in (run.path / "heartbeats").iterdir()} == {
+        "rank0": ["6", "eval"], "rank1": ["6", "eval"],
+    }  # fmt: skip
+    assert steps_saved(run.path) == [4, 6]
+    assert [line["step"] for line in read_lines(run.validation)] == [5]
+    assert list(run.tensorboard.iterdir())
+
+
+def test_three_restarts_are_bitwise_one_run(tiny, tmp_path, straight):
+    """Killed in a step, at the beginning of a save, and on another rank: each start goes on from the latest checkpoint."""
+    for hook in (die_in("step", 1), die_in("save", 4), die_in("step", 5, rank=1)):
+        with pytest.raises(WorkerError):
+            train("dp2", tiny.config(), tmp_path, hook)
+    assert steps_saved(tmp_path) == [2, 4]
+    weights = train("dp2", tiny.config(), tmp_path)
+    assert_same_run(tmp_path, weights, straight)
+
+
+def test_another_layout_goes_on_within_rounding(tiny, tmp_path):
+    config = tiny.config("train.precision=fp64")
+    whole = train("dp2", config, tmp_path / "straight")
+    with pytest.raises(WorkerError):
+        train("dp2", config, tmp_path / "moved", die_in("step", 3))
+    weights = train("tp2sp", config, tmp_path / "moved")
+    for a, b in zip(losses(tmp_path / "moved").values(), losses(tmp_path / "straight").values(), strict=True):
+        assert a == pytest.approx(b, rel=1e-10)
+    assert weights.keys() == whole.keys()
+    for name, weight in weights.items():
+        assert (weight - whole[name]).abs().max() <= 1e-10 * whole[name].abs().max(), name
+    ledgers = [RunDir(tmp_path / name).ledger.read_text() for name in ("moved", "straight")]
+    assert ledgers[0] == ledgers[1]
+
+
+def test_stop_ends_with_a_checkpoint_and_the_next_start_goes_on(tiny, tmp_path, straight, capfd):
+    train("dp2", tiny.config(), tmp_path, ask("STOP", 2))
+    assert steps_saved(tmp_path) == [2, 3]
+    assert not RunDir(tmp_path).is_done
+    assert "stopped on request after 3 steps" in capfd.readouterr().err
+    assert (tmp_path / "STOP").exists(), "launchers see by it that the run was asked to stop"
+    weights = train("dp2", tiny.config(), tmp_path)
+    assert not (tmp_path / "STOP").exists()
+    assert_same_run(tmp_path, weights, straight)
+
+
+def test_a_request_to_stop_before_the_first_step_saves_nothing(tiny, tmp_path):
+    def hook(training, phase, finished):
+        raise AssertionError("no step should begin")
+
+    class Asked(HookedTraining):
+        def _resume(self):
+            (self.run_dir.path / "STOP").touch()
+            return super()._resume()
+
+    on_ranks("dp2", tiny.config(), _run_as, Asked, tmp_path, hook)
+    assert steps_saved(tmp_path) == []
+
+
+def _run_as(config, kind, path, hook):
+    """One start of a run on this rank; how it ended: (name, exit code, message) of the error, or None."""
+    run_dir = RunDir(path)
+    run_dir.create()
+    try:
+        kind(config, run_dir, runtime_here(config), hook).run()
+    except KeyeError as error:
+        return type(error).__name__, error.exit_code, str(error)
+
+
+def test_save_saves_and_goes_on(tiny, tmp_path, straight):
+    config = tiny.config("train.keep_checkpoints=9")
+    weights = train("dp2", config, tmp_path, ask("SAVE", 2))
+    assert steps_saved(tmp_path) == [2, 3, 4, 6]
+    assert not (tmp_path / "SAVE").exists()
+    assert_same_run(tmp_path, weights, straight)
+
+
+def test_sigterm_to_one_rank_stops_all_with_a_checkpoint(tiny, tmp_path):
+    def hook(training, phase, finished):
+        if (phase, finished, training.runtime.groups.rank) == ("step", 2, 1):
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    train("dp2", tiny.config(), tmp_path, hook)
+    assert steps_saved(tmp_path) == [2, 3]
+    assert not RunDir(tmp_path).is_done
+
+
+def test_a_stop_in_a_validation_leaves_no_partial_loss(tiny, tmp_path):
+    def hook(training, phase, finished):
+        if phase == "eval":
+            (training.run_dir.path / "STOP").touch()
+
+    train("dp2", tiny.config("train.valid_every_steps=1", "train.valid_steps=3"), tmp_path, hook)
+    assert not RunDir(tmp_path).validation.exists()
+    assert steps_saved(tmp_path) == [1]
+
+
+def test_validation_repeats_the_same_samples_and_survives_a_restart(tiny, tmp_path):
+    config = tiny.config("train.valid_every_steps=2", "optimizer.lr=1e-12")
+    with pytest.raises(WorkerError):
+        train("dp2", config, tmp_path, die_in("save", 4))
+    train("dp2", config, tmp_path)
+    lines = read_lines(RunDir(tmp_path).validation)
+    assert [line["step"] for line in lines] == [1, 3, 5]
+    # Nothing is learnt at this learning rate, so the loss stays the same only where the samples do.
+    assert lines[1]["loss"] == pytest.approx(lines[0]["loss"], rel=1e-6)
+
+
+def test_a_complete_run_says_so_and_does_nothing(tiny, straight, tmp_path):
+    settings = tmp_path / "settings.yaml"
+    settings.write_text(dump_config(tiny.config()))
+    before = {path: path.stat().st_mtime_ns for path in straight[0].rglob("*")}
+    command = [sys.executable, "-m", "megatron_keye.train.cli", "train", str(settings), "--run-dir", str(straight[0])]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
+    assert done.returncode == 0
+    assert "is complete; choose another --run-dir" in done.stdout
+    assert {path: path.stat().st_mtime_ns for path in straight[0].rglob("*")} == before
+
+
+def poisoned_steps(steps):
+    """A hook that makes a gradient of rank 1 not a number in each of `steps`."""
+    handles = []
+
+    def hook(training, phase, finished):
+        if phase == "step" and training.runtime.groups.rank == 1:
+            while handles:
+                handles.pop().remove()
+            if finished in steps:
+                weight = next(training.model.chunks[0].parameters())
+                handles.append(weight.register_hook(lambda gradient: gradient * math.nan))
+
+    return hook
+
+
+def test_a_gradient_that_is_not_finite_is_skipped_on_all_ranks(tiny, tmp_path, straight, capfd):
+    train("dp2", tiny.config(), tmp_path, poisoned_steps({2}))
+    metrics, ledger = read_lines(RunDir(tmp_path).metrics), read_lines(RunDir(tmp_path).ledger)
+    assert [line["updated"] for line in metrics] == [line["updated"] for line in ledger] == [True, True, False, True, True, True]
+    assert metrics[2]["grad_norm"] is None
+    assert "step 3: the gradient is not finite, so no weight was changed" in capfd.readouterr().err
+    before = losses(straight[0])
+    now = losses(tmp_path)
+    assert [now[step] for step in (0, 1, 2)] == [before[step] for step in (0, 1, 2)]
+    assert math.isfinite(now[3]) and now[3] != before[3]
+    digests = [[line["digest"] for line in read_lines(RunDir(path).ledger)] for path in (tmp_path, straight[0])]
+    assert digests[0] == digests[1]
+
+
+def test_too_many_such_steps_end_the_run(tiny, tmp_path):
+    config = tiny.config("train.max_nonfinite_steps=1")
+    first, second = on_ranks("dp2", config, _run_as, HookedTraining, tmp_path, poisoned_steps({1, 3, 4}))
+    assert first[:2] == ("NumericError", 66)
+    assert "2 steps had gradients that were not finite, and train.max_nonfinite_steps is 1; lower optimizer.lr" in first[2]
+    assert second[:2] == ("PeerError", 66)
+    assert steps_saved(tmp_path) == [2]
+    assert not RunDir(tmp_path).is_done
+
+
+@pytest.fixture(scope="module")
+def texts(tmp_path_factory, tiny):
+    """A set of texts alone, one of them without an answer to learn."""
+    folder = tmp_path_factory.mktemp("texts")
+    (folder / "tokenizer").symlink_to(tiny.folder / "tokenizer")
+    question = {"id": "question", "messages": [{"role": "user", "content": "is anybody there?"}]}
+    return write_part(folder, "train", [tiny_record(2), tiny_record(8), question, tiny_record(14)])
+
+
+@pytest.mark.parametrize("layout", ["dp2", "pp2"])
+def test_steps_of_text_alone_train_and_a_step_without_answers_commits(tiny, texts, tmp_path, layout):
+    """With one sample a step a replica has none, and one step has nothing to learn from: no weight moves, the cursor does."""
+    config = tiny.config(f"data.train={texts}", "data.global_batch_samples=1", "train.steps=4", "optimizer.warmup_steps=0")
+
+    def hook(training, phase, finished):
+        if phase == "step" and training.runtime.is_main:
+            weight = next(training.model.chunks[0].parameters())
+            with (tmp_path / "sums").open("a") as file:
+                file.write(f"{weight.double().sum().item()!r}\n")
+
+    train(layout, config, tmp_path / "run", hook)
+    metrics, ledger = read_lines(RunDir(tmp_path / "run").metrics), read_lines(RunDir(tmp_path / "run").ledger)
+    (empty,) = [line["step"] for line in metrics if line["supervised_tokens"] == 0]
+    assert [line["updated"] for line in ledger] == [step != empty for step in range(4)]
+    assert metrics[empty]["loss"] == 0.0
+    assert {line["visual_tokens"] for line in metrics} == {0}
+    assert sorted(line["samples"] for line in ledger) == [[0], [1], [2], [3]]
+    sums = [float(line) for line in (tmp_path / "sums").read_text().splitlines()]
+    assert [a == b for a, b in pairwise(sums)] == [step == empty for step in range(3)]
+
+
+def spoil_pictures(shard, count):
+    """Changes one byte of each of the first `count` PNG pictures of a tar."""
+    data = bytearray(shard.read_bytes())
+    at = -1
+    for _ in range(count):
+        at = data.index(b"\x89PNG", at + 1)
+        data[at + 60] ^= 0xFF
+    shard.write_bytes(data)
+
+
+@pytest.fixture
+def spoiled(tmp_path, tiny):
+    """A set of 8 pictures of which 3 are damaged after indexing."""
+    folder = tmp_path / "spoiled"
+    folder.mkdir()
+    (folder / "tokenizer").symlink_to(tiny.folder / "tokenizer")
+    (folder / "media").symlink_to(tiny.folder / "media")
+    messages = [{"role": "user", "content": [image_part(0)]}, {"role": "assistant", "content": "yes"}]
+    records = [{"id": f"p{number}", "messages": messages} for number in range(8)]
+    out = write_part(folder, "train", records)
+    spoil_pictures(next(iter(sorted(out.glob("*.tar")))), 3)
+    return out
+
+
+def test_samples_that_cannot_be_read_are_skipped_and_listed_wherever_they_were(tiny, spoiled, tmp_path, capfd):
+    """Those of every replica: each appears with its reason in the ledger, in the metrics and on the terminal."""
+    config = tiny.config(f"data.train={spoiled}", "data.global_batch_samples=8", "data.bad_sample=skip", "train.steps=1")
+    train("dp2", config, tmp_path / "run")
+    (line,) = read_lines(RunDir(tmp_path / "run").ledger)
+    assert sorted(skipped["id"] for skipped in line["skipped"]) == ["p0", "p1", "p2"]
+    assert all("do not match their sha256" in skipped["reason"] for skipped in line["skipped"])
+    assert read_lines(RunDir(tmp_path / "run").metrics)[0]["skipped_samples"] == 3
+    assert "step 1: left out p1: " in capfd.readouterr().err
+
+
+def test_too_many_skipped_samples_end_the_run_on_all_ranks(tiny, spoiled, tmp_path):
+    config = tiny.config(f"data.train={spoiled}", "data.global_batch_samples=8", "data.bad_sample=skip", "data.max_skipped_samples=2")
+    first, second = on_ranks("dp2", config, _run_as, HookedTraining, tmp_path / "run", no_hook)
+    assert first[:2] == ("DataError", 65)
+    assert "3 samples could not be read, and data.max_skipped_samples is 2; ledger.jsonl names each" in first[2]
+    assert second[:2] == ("PeerError", 65)
+
+
+def test_another_set_seed_or_batch_cannot_go_on(tiny, tmp_path, straight):
+    config = tiny.config("train.seed=5", "data.global_batch_samples=8", "train.steps=9")
+    shutil.copytree(straight[0], tmp_path / "run")
+    first, second = on_ranks("dp2", config, _run_as, HookedTraining, tmp_path / "run", no_hook)
+    assert first[:2] == ("CheckpointError", 65)
+    assert "set train.seed back to 0" in first[2] and "set data.global_batch_samples back to 4" in first[2]
+    assert second[:2] == ("PeerError", 65)
