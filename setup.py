@@ -14,6 +14,7 @@ setup(
     install_requires=[
         "torch>=2.13",
         "megatron-core==0.16.1",
+        "jinja2>=3.1.6",
         "numpy",
         "pyyaml",
         "pydantic>=2.7",
@@ -24,7 +25,6 @@ setup(
         "av",
         "opencv-python-headless",
         "pillow",
-        "simplejpeg",
         "webdataset",
         "tensorboard",
         "rich",
