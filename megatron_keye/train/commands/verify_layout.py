@@ -24,8 +24,8 @@ EXAMPLES = """\
   keye verify-layout debug                                    # the usual layouts, float64
   keye verify-layout debug_preview --layouts tp2sp cp2pp2     # some
   keye verify-layout debug --layouts tp2 --dtype bf16 --json layouts.json
-  keye verify-layout keye_vl_1_5_8b --layouts tp2 cp2 --set model.vision.num_layers=2 model.decoder.num_layers=2 \\
-      model.decoder.vocab_size=4096                           # a thin slice of a large model
+  keye verify-layout keye_vl_1_5_8b --layouts tp2 cp2 --set model.vision.num_layers=2 model.decoder.num_layers=4 \\
+      model.decoder.hidden_size=256 model.decoder.ffn_hidden_size=512 model.decoder.vocab_size=4096   # a large model, cut down
 """
 
 
@@ -73,9 +73,8 @@ def _verify(args: argparse.Namespace) -> int:
             console.print(f"{outcome.layout.name}: {outcome.error}", markup=False, highlight=False)
     report = as_json(config, reference, outcomes)
     if args.json:
-        Path(args.json).write_text(
-            json.dumps({"settings": args.settings, "set": args.overrides, **report}, indent=2) + "\n", encoding="utf-8"
-        )
+        fields = {"settings": args.settings, "set": args.overrides, **report}
+        Path(args.json).write_text(json.dumps(fields, indent=2) + "\n", encoding="utf-8")
     return 0 if report["ok"] else 1
 
 
