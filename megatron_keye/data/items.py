@@ -16,7 +16,7 @@ from megatron_keye.data.media.image import image_dimensions, read_image, resize_
 from megatron_keye.data.media.patches import patchify
 from megatron_keye.data.media.resize import PREVIEW_PROCESSOR, TOKEN_AREA, PixelLimits, Size, resize_steps
 from megatron_keye.data.media.rules import VideoRules, video_rules
-from megatron_keye.data.media.video import decode_frames, iter_frames, probe
+from megatron_keye.data.media.video import iter_frames, probe
 from megatron_keye.data.tokenize import ItemLayout
 from megatron_keye.errors import DataError
 
@@ -125,9 +125,7 @@ def load_patches(item: Item, resolved: Resolved, blob: bytes, variant: Variant) 
         return [patchify(resize_image(image, resolved.sizes)[None])]
     if variant == "keye_vl_1_5":
         return list(_slow_fast_patches(item, item.frames, resolved, blob))
-    frames = decode_frames(blob, item.frames.numbers)
-    _expect_size(frames.shape[1:3], item)
-    return [patchify(preview_video.resize_frames(frames, resolved.sizes))]
+    return [np.concatenate(list(_clip_patches(item, item.frames, resolved, blob)))]
 
 
 def _resolve_image(item: Item, rules: MediaRules, max_tokens: int | None) -> Resolved:
@@ -166,6 +164,12 @@ def _slow_fast_patches(item: Item, frames: Frames, resolved: Resolved, blob: byt
     for tag, frame in zip(frames.tags, iter_frames(blob, frames.numbers), strict=True):
         _expect_size(frame.shape[:2], item)
         yield patchify(slow_fast.resize_frames(frame[None], resolved.sizes[tag]))
+
+
+def _clip_patches(item: Item, frames: Frames, resolved: Resolved, blob: bytes) -> Iterator[np.ndarray]:
+    for frame in iter_frames(blob, frames.numbers):
+        _expect_size(frame.shape[:2], item)
+        yield patchify(preview_video.resize_frames(frame[None], resolved.sizes))
 
 
 def _video_rules(options: Mapping[str, float], rules: MediaRules) -> VideoRules:
