@@ -113,5 +113,5 @@ class Scorer:
         logits = model.chunks[0](microbatch.token_ids, visual, microbatch.visual_places, microbatch.row).squeeze(0)
         logprobs = -token_nll(logits, microbatch.labels, vocab_size, model.groups.tp)
         is_top = logits[:, :vocab_size].argmax(dim=-1) == microbatch.labels
-        return logprobs.float().cpu().numpy(), is_top.cpu().numpy()
-
+        # On CPU a float64 model stays float64 through `.float()`.
+        return logprobs.float().cpu().numpy().astype(np.float32, copy=False), is_top.cpu().numpy()

@@ -1,0 +1,137 @@
+"""What a step's record says, and what somebody who watches reads."""
+
+import json
+import math
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from megatron_keye.contract.media import PatchGrid, SampleShape, Segment
+from megatron_keye.data.loader import SkippedSample
+from megatron_keye.plan.cursor import Cursor
+from megatron_keye.plan.types import StepPlan
+from megatron_keye.train import recorder as recorder_module
+from megatron_keye.train.placement import Planner
+from megatron_keye.train.recorder import PHASES, Recorder, StepRecord
+from megatron_keye.train.run_dir import RunDir
+from megatron_keye.train.step import StepResult
+
+SHAPES = [SampleShape(40), SampleShape(70, (Segment(PatchGrid(1, 6, 8), 5),)), SampleShape(300)]
+
+
+class FakeGroup:
+    def size(self):
+        return 2
+
+
+@pytest.fixture
+def make(tmp_path, monkeypatch):
+    """Makes the recorder of a run with two ranks; the other one needs a second longer for every phase."""
+
+    def all_gather(every, mine, group):
+        every[0].copy_(mine)
+        every[1].copy_(mine + 1.0)
+
+    monkeypatch.setattr(recorder_module.dist, "all_gather", all_gather)
+    run = RunDir(tmp_path)
+    run.create()
+
+    def make(config, first_step=0, is_main=True):
+        runtime = SimpleNamespace(groups=SimpleNamespace(world=FakeGroup()), device=torch.device("cpu"), is_main=is_main)
+        return run, Recorder(run, runtime, Planner(config, 2), first_step, 10)
+
+    return make
+
+
+def record_of(config, step=4, skipped=(), grad_norm=2.0, updated=True):
+    plan = StepPlan(step, (0, 1, 2), Planner(config, 2).place((0, 1, 2), SHAPES))
+    after = Cursor(step + 1, 15, bytes(range(32)))
+    fed = SimpleNamespace(plan=plan, after=after, batch=SimpleNamespace(num_supervised=33), skipped=list(skipped), wait_s=0.5)
+    result = StepResult(1.25, grad_norm, updated, {"encode": 1.0, "decoder": 3.0, "encode_backward": 2.0})
+    return StepRecord(fed, result, lr=0.001, step_time_s=4.0, dataset_samples=60)
+
+
+def lines(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def test_a_step_is_counted(tiny, make):
+    config = tiny.config()
+    run, recorder = make(config)
+    recorder.record(record_of(config))
+    recorder.close()
+    (fields,) = lines(run.metrics)
+    assert {name: fields[name] for name in ("step", "loss", "grad_norm", "lr", "updated")} == {
+        "step": 4, "loss": 1.25, "grad_norm": 2.0, "lr": 0.001, "updated": True,
+    }  # fmt: skip
+    counts = ("samples", "tokens", "visual_tokens", "supervised_tokens", "padding_tokens", "skipped_samples")
+    # Padding: to multiples of 16 tokens, and nothing more, as no row is empty.
+    assert [fields[name] for name in counts] == [3, 410, 12, 33, 8 + 10 + 4, 0]
+    assert fields["tokens_per_s"] == pytest.approx(410 / 4.0, abs=0.05)
+    assert fields["epoch"] == 15 / 60
+    assert [fields[f"{phase}_s"] for phase in PHASES] == [1.0, 1.5, 0.5, 3.5, 2.5, 0.5], "means over both ranks"
+    assert fields["decoder_imbalance_measured"] == pytest.approx(4 / 3.5, abs=1e-4)
+    assert fields["vision_imbalance_measured"] == pytest.approx(5 / 4, abs=1e-4)
+    assert fields["decoder_imbalance_predicted"] > 1.0
+    assert fields["memory_bytes"] > 1 << 20
+
+
+def test_the_ledger_names_samples_digest_and_what_was_skipped(tiny, make, capsys):
+    run, recorder = make(tiny.config())
+    recorder.record(record_of(tiny.config(), skipped=[SkippedSample("p7", "cut off")]))
+    recorder.close()
+    assert lines(run.ledger) == [
+        {"step": 4, "samples": [0, 1, 2], "digest": bytes(range(32)).hex(), "updated": True, "skipped": [{"id": "p7", "reason": "cut off"}]}
+    ]
+    assert lines(run.metrics)[0]["skipped_samples"] == 1
+    assert "step 5: left out p7: cut off" in capsys.readouterr().err
+
+
+def test_a_step_without_an_update_says_why(tiny, make, capsys):
+    run, recorder = make(tiny.config())
+    recorder.record(record_of(tiny.config(), grad_norm=math.nan, updated=False))
+    recorder.close()
+    assert lines(run.metrics)[0]["grad_norm"] is None
+    assert lines(run.ledger)[0]["updated"] is False
+    assert "step 5: the gradient is not finite, so no weight was changed" in capsys.readouterr().err
+
+
+def test_a_resumed_run_writes_its_steps_once(tiny, make):
+    config = tiny.config()
+    run, recorder = make(config)
+    for step in range(4):
+        recorder.record(record_of(config, step))
+        recorder.validated(step + 1, float(step))
+    recorder.close()
+    run, recorder = make(config, first_step=2)
+    for step in range(2, 5):
+        recorder.record(record_of(config, step))
+    # The validation after the last step before the restart is repeated too when the run was killed in it.
+    recorder.validated(2, 7.0)
+    recorder.close()
+    for path in (run.metrics, run.ledger):
+        assert [line["step"] for line in lines(path)] == [0, 1, 2, 3, 4]
+    assert lines(run.validation) == [{"step": 0, "loss": 0.0}, {"step": 1, "loss": 7.0}]
+
+
+def test_only_the_main_rank_writes_and_speaks(tiny, make, capsys):
+    run, recorder = make(tiny.config(), is_main=False)
+    recorder.record(record_of(tiny.config()))
+    recorder.say("hello")
+    recorder.validated(1, 1.0)
+    recorder.close()
+    assert not run.metrics.exists() and not run.ledger.exists() and not run.validation.exists() and not run.tensorboard.exists()
+    assert capsys.readouterr().err == ""
+
+
+def test_a_log_gets_a_line_now_and_then_and_at_the_end(tiny, make, monkeypatch, capsys):
+    config = tiny.config()
+    _, recorder = make(config)
+    now = iter([0.0, 0.0, 1.0, 16.0, 16.0, 17.0, 18.0, 18.0])
+    monkeypatch.setattr(recorder_module.time, "monotonic", lambda: next(now))
+    for step in (0, 1, 2, 3, 9):
+        recorder.record(record_of(config, step))
+    recorder.close()
+    said = [line.split("  ")[0] for line in capsys.readouterr().err.splitlines()]
+    assert said == ["step 1/10", "step 3/10", "step 10/10"]
