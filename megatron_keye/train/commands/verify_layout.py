@@ -24,8 +24,8 @@ EXAMPLES = """\
   keye verify-layout debug                                    # the usual layouts, float64
   keye verify-layout debug_preview --layouts tp2sp cp2pp2     # some
   keye verify-layout debug --layouts tp2 --dtype bf16 --json layouts.json
-  keye verify-layout keye_vl_1_5_8b --layouts tp2 cp2 --set model.vision.num_layers=2 model.decoder.num_layers=4 \\
-      model.decoder.hidden_size=256 model.decoder.ffn_hidden_size=512 model.decoder.vocab_size=4096   # a large model, cut down
+  keye verify-layout keye_vl_1_5_8b --layouts tp2 cp2 --set model.vision.num_layers=2 model.vision.carried_position_rows=1 \\
+      model.decoder.num_layers=4 model.decoder.hidden_size=256 model.decoder.ffn_hidden_size=512 model.decoder.vocab_size=4096
 """
 
 
