@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from itertools import product
 
 AXES = ("tp", "cp", "pp", "dp")
-"""Fastest first. This is the only place where the order is written down."""
+"""Fastest first. `rank`, `replica` and `stage_ranks` below follow from this order and nothing else in the project knows it."""
 
 
 @dataclass(frozen=True, slots=True)
