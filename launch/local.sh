@@ -52,7 +52,7 @@ export GLOO_SOCKET_IFNAME=${GLOO_SOCKET_IFNAME:-lo}
 # Megatron's tensor parallelism relies on kernels being started in the order in which they were issued.
 export CUDA_DEVICE_MAX_CONNECTIONS=${CUDA_DEVICE_MAX_CONNECTIONS:-1}
 
-# What is wrong with the settings is said once, before any process is started.
+# What is wrong with the settings is said once, before any process is started. Waits for ranks of a launcher that was killed.
 "$python" -m megatron_keye.train.cli train "$@" --check --processes "$processes"
 
 exec "$python" "$root/launch/run_ranks.py" --standalone --local-addr 127.0.0.1 --nproc-per-node "$processes" \

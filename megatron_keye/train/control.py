@@ -1,5 +1,6 @@
-"""Requests to a running job: STOP and SAVE files, SIGTERM and SIGUSR1. All ranks see them at the same step."""
+"""Requests to a running job: STOP and SAVE files, signals, a launcher that is gone. All ranks see them at the same step."""
 
+import os
 import signal
 from dataclasses import dataclass
 
@@ -9,7 +10,9 @@ import torch.distributed as dist
 from megatron_keye.parallel.groups import Groups
 from megatron_keye.train.run_dir import RunDir
 
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+LAUNCHED = "TORCHELASTIC_RUN_ID"
+"""In the environment of ranks that torchrun started; it does not take them along when it is killed."""
 
 
 @dataclass(frozen=True)
@@ -27,6 +30,7 @@ class Control:
     def __init__(self, run_dir: RunDir, groups: Groups, device: torch.device):
         self._run_dir, self._groups, self._device = run_dir, groups, device
         self._signalled = False
+        self._launcher = os.getppid() if LAUNCHED in os.environ else None
         for number in STOP_SIGNALS:
             signal.signal(number, self._on_signal)
         if groups.rank == 0:
@@ -34,12 +38,18 @@ class Control:
 
     def _on_signal(self, number: int, frame) -> None:
         self._signalled = True
+        if number == signal.SIGINT:
+            # Whoever presses Ctrl-C again will not wait for a checkpoint.
+            signal.signal(signal.SIGINT, signal.default_int_handler)
 
     def poll(self) -> Requests:
         """What any rank was asked for; a collective over the world, for step boundaries and long loops."""
-        asked = [self._signalled, False]
+        stop, save = self._signalled or self._is_orphan(), False
         if self._groups.rank == 0:
-            asked = [self._signalled or self._run_dir.is_asked("STOP"), self._run_dir.is_asked("SAVE")]
-        flags = torch.tensor([int(flag) for flag in asked], device=self._device)
+            stop, save = stop or self._run_dir.is_asked("STOP"), self._run_dir.is_asked("SAVE")
+        flags = torch.tensor([int(stop), int(save)], device=self._device)
         dist.all_reduce(flags, op=dist.ReduceOp.MAX, group=self._groups.world)
         return Requests(stop=bool(flags[0]), save=bool(flags[1]))
+
+    def _is_orphan(self) -> bool:
+        return self._launcher is not None and os.getppid() != self._launcher

@@ -9,15 +9,25 @@
     tensorboard/
     STOP, SAVE        put there by anyone: end the run at the next step with a checkpoint; checkpoint now and go on
     DONE              put there by the run when its last step is saved
+    lock              held while a start of the run is alive
 """
 
+import errno
+import fcntl
 import json
 import math
 import os
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
-from megatron_keye.errors import SettingsError
+from megatron_keye.errors import KeyeError, SettingsError
+
+WAIT_S = 60.0
+"""For an earlier start that lost its launcher: it stops at its next step, with a checkpoint."""
+NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)
+"""File systems that know no locks."""
 
 
 class RunDir:
@@ -40,6 +50,17 @@ class RunDir:
         except OSError as error:
             raise SettingsError(f"the run directory {self.path} cannot be made: {error}; choose another with --run-dir") from error
 
+    @contextmanager
+    def locked(self, wait_s: float = WAIT_S) -> Iterator[None]:
+        """Keep other starts of this run out, where the file system can. Raises KeyeError when another is alive for `wait_s`."""
+        with (self.path / "lock").open("a") as file:
+            deadline = time.monotonic() + wait_s
+            while not _try_lock(file):
+                if time.monotonic() > deadline:
+                    raise KeyeError(f"another start of the run {self.path} is alive; wait for its end, or touch {self.path}/STOP to end it")
+                time.sleep(0.1)
+            yield
+
     def heartbeat(self, rank: int, step: int, phase: str) -> None:
         """Say that `rank` is alive in `phase` (setup, load, step, save, eval) of `step`."""
         write_atomically(self.path / "heartbeats" / f"rank{rank}", f"{step} {time.time():.3f} {phase}\n")
@@ -58,6 +79,17 @@ class RunDir:
 
     def mark_done(self, step: int) -> None:
         write_atomically(self.path / "DONE", f"{step}\n")
+
+
+def _try_lock(file) -> bool:
+    """Whether the lock on `file` is now ours, or there are none to be had here. It ends with the process, however that ends."""
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError as error:
+        return error.errno in NO_LOCKS
+    return True
 
 
 def write_atomically(path: Path, text: str) -> None:

@@ -15,10 +15,10 @@ import pytest
 from PIL import Image
 
 from megatron_keye.config.load import dump_config
-from megatron_keye.errors import KeyeError
+from megatron_keye.errors import DataError, KeyeError
 from megatron_keye.train.loop import Training
 from megatron_keye.train.run_dir import RunDir
-from tests.tiny import image_part, on_ranks, runtime_here, tiny_record, train
+from tests.tiny import on_ranks, runtime_here, tiny_record, train, write_part
 from tests.unit.data.corpus import mp4, png
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -176,23 +176,32 @@ def jpeg():
     return stream.getvalue()
 
 
-def test_truncated_media_are_each_named_when_they_are_indexed(tiny, tmp_path):
-    media = tmp_path / "media"
-    media.mkdir()
-    (media / "cut.jpg").write_bytes(jpeg()[:-300])
-    (media / "cut.mp4").write_bytes(mp4(16, 56, 84, fps=8, cut=8)[:-400])
-    (media / "0.png").write_bytes(png(40, 40, 0))
-    parts = {"good": image_part(0), "j": {"type": "image", "image": "media/cut.jpg"}, "v": {"type": "video", "video": "media/cut.mp4"}}
-    records = [{"id": name, "document": [part, {"type": "text", "text": "words"}]} for name, part in parts.items()]
-    source, out = tmp_path / "input.jsonl", tmp_path / "out"
-    source.write_text("".join(json.dumps(record) + "\n" for record in records))
-    assert tool("make_shards.py", source, out).returncode == 0
-    done = tool("index_shards.py", out, "--tokenizer", tiny.folder / "tokenizer", "--variant", "keye_vl_1_5")
-    assert done.returncode == 65
-    assert "2 samples cannot be used" in done.stderr
-    assert re.search(r"record j, image 0: .*(truncated|damaged|cut)", done.stderr), done.stderr
-    assert re.search(r"record v, video 0: ", done.stderr), done.stderr
-    assert "--skip-bad" in done.stderr
+@pytest.fixture
+def cut(tiny, tmp_path):
+    """A folder with a picture and a clip that end early."""
+    folder = tmp_path / "cut"
+    (folder / "media").mkdir(parents=True)
+    (folder / "tokenizer").symlink_to(tiny.folder / "tokenizer")
+    (folder / "media" / "cut.jpg").write_bytes(jpeg()[:-300])
+    (folder / "media" / "cut.mp4").write_bytes(mp4(16, 56, 84, fps=8, cut=8)[:-400])
+    return folder
+
+
+def document(kind, path):
+    return {"id": f"a {kind}", "document": [{"type": kind, kind: path}, {"type": "text", "text": "words"}]}
+
+
+def test_a_truncated_clip_is_named_when_it_is_indexed(cut):
+    """Its frames have to be looked at to plan."""
+    with pytest.raises(DataError, match="no usable sample.*record a video, video 0: .*found an ISO media file.*restore or drop it"):
+        write_part(cut, "train", [document("video", "media/cut.mp4")])
+
+
+def test_a_truncated_picture_ends_all_ranks_when_it_is_decoded(tiny, cut, tmp_path):
+    write_part(cut, "train", [document("image", "media/cut.jpg"), tiny_record(2)])
+    config = tiny.config(f"data.train={cut / 'train'}", "data.global_batch_samples=2")
+    ends = on_ranks("dp2", config, try_to_train, tmp_path / "run")
+    assert_all_end(ends, "DataError", r"\.tar:.*, record a image, medium 0: .*(truncated|ends early)", "restore|drop")
 
 
 @pytest.mark.parametrize(("content", "message"), [("", "has no record"), (None, "cannot read .*input.jsonl: No such file")])

@@ -171,10 +171,11 @@ def test_save_saves_and_goes_on(tiny, tmp_path, straight):
     assert_same_run(tmp_path, weights, straight)
 
 
-def test_sigterm_to_one_rank_stops_all_with_a_checkpoint(tiny, tmp_path):
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT])
+def test_a_signal_to_one_rank_stops_all_with_a_checkpoint(tiny, tmp_path, number):
     def hook(training, phase, finished):
         if (phase, finished, training.runtime.groups.rank) == ("step", 2, 1):
-            os.kill(os.getpid(), signal.SIGTERM)
+            os.kill(os.getpid(), number)
 
     train("dp2", tiny.config(), tmp_path, hook)
     assert steps_saved(tmp_path) == [2, 3]

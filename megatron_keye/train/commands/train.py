@@ -2,6 +2,7 @@
 
 import argparse
 import os
+from contextlib import nullcontext
 
 from megatron_keye.config.derive import require_valid
 from megatron_keye.config.schema import RunConfig
@@ -24,28 +25,34 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_settings_arguments(parser)
     parser.add_argument("--run-dir", metavar="DIR", help="where the run lives (default: runs/NAME of the settings)")
     parser.add_argument("--dry-run", action="store_true", help="show what would run, and start nothing")
-    parser.add_argument("--check", action="store_true", help="only check the settings; says nothing where they are right")
+    parser.add_argument("--check", action="store_true", help="only check the settings, and that no start of the run is alive")
     parser.add_argument("--processes", type=int, metavar="N", help="with --dry-run or --check: for N processes")
 
 
 def run(args: argparse.Namespace) -> int:
     config = settings_from(args)
     processes = args.processes or int(os.environ.get("WORLD_SIZE", "1"))
+    name = os.path.splitext(os.path.basename(args.settings))[0]
+    run_dir = RunDir(args.run_dir or os.path.join("runs", name))
     if args.check:
-        require_valid(config, processes)
-        return 0
+        return _check(config, processes, run_dir)
     if args.dry_run:
         from megatron_keye.train.dry_run import describe
 
         if _is_main():
             print(describe(config, processes))
         return 0
-    name = os.path.splitext(os.path.basename(args.settings))[0]
-    return _train(config, args.run_dir or os.path.join("runs", name))
+    return _train(config, run_dir)
 
 
-def _train(config: RunConfig, path: str) -> int:
-    run_dir = RunDir(path)
+def _check(config: RunConfig, processes: int, run_dir: RunDir) -> int:
+    require_valid(config, processes)
+    run_dir.create()
+    with run_dir.locked():
+        return 0
+
+
+def _train(config: RunConfig, run_dir: RunDir) -> int:
     run_dir.create()
     if run_dir.is_done:
         if _is_main():
@@ -56,14 +63,15 @@ def _train(config: RunConfig, path: str) -> int:
     from megatron_keye.train.consensus import PeerError
     from megatron_keye.train.loop import Training
 
-    started = runtime.start(config)
-    try:
-        Training(config, run_dir, started).run()
-    except PeerError as error:
-        # The rank that failed says why.
-        return error.exit_code
-    finally:
-        runtime.stop()
+    with run_dir.locked() if _is_main() else nullcontext():
+        started = runtime.start(config)
+        try:
+            Training(config, run_dir, started).run()
+        except PeerError as error:
+            # The rank that failed says why.
+            return error.exit_code
+        finally:
+            runtime.stop()
     return 0
 
 

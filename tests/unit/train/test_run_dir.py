@@ -1,11 +1,15 @@
 """The run directory: its small files are whole whenever anybody reads them."""
 
+import errno
 import json
 import math
+import subprocess
+import sys
+import time
 
 import pytest
 
-from megatron_keye.errors import SettingsError
+from megatron_keye.errors import KeyeError, SettingsError
 from megatron_keye.train.run_dir import JsonLines, RunDir, write_atomically
 
 
@@ -107,3 +111,31 @@ def test_a_folder_that_cannot_be_made_is_named(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(SettingsError, match=r"run directory .*file/run cannot be made: .*; choose another with --run-dir"):
         RunDir(tmp_path / "file" / "run").create()
+
+
+def test_a_second_start_waits_for_the_first_and_then_gives_up(run):
+    with run.locked():
+        began_s = time.monotonic()
+        with pytest.raises(KeyeError, match="another start of the run .* is alive; wait for its end, or touch .*STOP to end it") as caught:
+            with RunDir(run.path).locked(wait_s=0.3):
+                pass
+        assert 0.3 <= time.monotonic() - began_s < 5.0
+        assert caught.value.exit_code == 1, "the same command may be tried again"
+    with RunDir(run.path).locked(wait_s=0.0):
+        pass
+
+
+def test_the_lock_ends_with_its_process(run):
+    code = f"import os; from megatron_keye.train.run_dir import RunDir\nwith RunDir({str(run.path)!r}).locked(): os._exit(9)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 9
+    with run.locked(wait_s=0.0):
+        pass
+
+
+def test_a_file_system_without_locks_is_no_hindrance(run, monkeypatch):
+    def flock(file, operation):
+        raise OSError(errno.ENOSYS, "not here")
+
+    monkeypatch.setattr("fcntl.flock", flock)
+    with run.locked(wait_s=0.0), RunDir(run.path).locked(wait_s=0.0):
+        pass
