@@ -14,9 +14,10 @@ from megatron_keye.config.schema import DataConfig, Variant
 from megatron_keye.contract.media import SampleShape
 from megatron_keye.data.fit import Fitted, Rejected, fit, row_limit_tokens
 from megatron_keye.data.index import Index, Made, made_with, open_index
-from megatron_keye.data.items import MediaRules, load_patches, media_rules, sample_frames
+from megatron_keye.data.items import MediaRules, media_rules, sample_frames
 from megatron_keye.data.record import Record, parse_record
-from megatron_keye.data.shards import check_sha256, parse_json, read_span
+from megatron_keye.data.shards import parse_json, read_span
+from megatron_keye.data.stored import StoredMedium
 from megatron_keye.data.tokenize import ItemLayout, TokenizedSample, tokenize
 from megatron_keye.data.tokenizer import KeyeTokenizer
 from megatron_keye.errors import DataError
@@ -120,19 +121,20 @@ class Dataset:
 
     def pixels(self, sample: int) -> list[np.ndarray]:
         """uint8 [num_patches, 588] per attention segment, in order. Raises DataError for media that cannot be decoded."""
+        return [patches for medium in self.stored_media(sample) for patches in medium.patches()]
+
+    def stored_media(self, sample: int) -> list[StoredMedium]:
+        """Its images and videos, in order. Raises DataError as `record` does."""
         number = self._number(sample)
-        shard, facts, fitted = self._index.shard(number), self._index.facts(number), self._fit(sample)
-        media = self.record(sample).media if facts.items else ()
-        patches = []
-        for position, (item, resolved, span) in enumerate(zip(facts.items, fitted.items, self._index.media_spans(number), strict=True)):
-            where = f"{self._place(sample)}, medium {position}"
-            blob = read_span(shard, span)
-            check_sha256(blob, media[position], where)
-            try:
-                patches += load_patches(item, resolved, blob, self._rules.variant)
-            except DataError as error:
-                raise DataError(f"{where}: {error}") from error
-        return patches
+        facts = self._index.facts(number)
+        if not facts.items:
+            return []
+        rows = zip(self.record(sample).media, facts.items, self._fit(sample).items, self._index.media_spans(number), strict=True)
+        shard, place, variant = self._index.shard(number), self._place(sample), self._rules.variant
+        return [
+            StoredMedium(shard, span, media, item, resolved, variant, f"{place}, medium {position}")
+            for position, (media, item, resolved, span) in enumerate(rows)
+        ]
 
     def _number(self, sample: int) -> int:
         """Place of a usable sample in the index."""

@@ -119,13 +119,20 @@ def resolve(item: Item, rules: MediaRules, max_tokens: int | None = None) -> Res
 def load_patches(item: Item, resolved: Resolved, blob: bytes, variant: Variant) -> list[np.ndarray]:
     """uint8 [num_patches, 588] per attention segment of the item, in order. Raises DataError for bytes that cannot be
     decoded or are not those that were described."""
+    pieces = list(iter_patches(item, resolved.sizes, blob, variant))
+    return pieces if len(pieces) == len(resolved.layout.grids) else [np.concatenate(pieces)]
+
+
+def iter_patches(item: Item, sizes: tuple[Size, ...], blob: bytes, variant: Variant) -> Iterator[np.ndarray]:
+    """The patches of `load_patches` in the same order, as an image or frame by frame, one of which is held at a time."""
     if item.frames is None:
         image = read_image(blob, variant)
         _expect_size(image.shape[:2], item)
-        return [patchify(resize_image(image, resolved.sizes)[None])]
-    if variant == "keye_vl_1_5":
-        return list(_slow_fast_patches(item, item.frames, resolved, blob))
-    return [np.concatenate(list(_clip_patches(item, item.frames, resolved, blob)))]
+        yield patchify(resize_image(image, sizes)[None])
+    elif variant == "keye_vl_1_5":
+        yield from _slow_fast_patches(item, item.frames, sizes, blob)
+    else:
+        yield from _clip_patches(item, item.frames, sizes, blob)
 
 
 def _resolve_image(item: Item, rules: MediaRules, max_tokens: int | None) -> Resolved:
@@ -160,16 +167,16 @@ def _resolve_clip(item: Item, frames: Frames, rules: MediaRules, max_tokens: int
     return Resolved(ItemLayout("video", (_grid(num_frames, steps[-1]),), ticks_per_frame=ticks_per_frame), steps)
 
 
-def _slow_fast_patches(item: Item, frames: Frames, resolved: Resolved, blob: bytes) -> Iterator[np.ndarray]:
+def _slow_fast_patches(item: Item, frames: Frames, sizes: tuple[Size, ...], blob: bytes) -> Iterator[np.ndarray]:
     for tag, frame in zip(frames.tags, iter_frames(blob, frames.numbers), strict=True):
         _expect_size(frame.shape[:2], item)
-        yield patchify(slow_fast.resize_frames(frame[None], resolved.sizes[tag]))
+        yield patchify(slow_fast.resize_frames(frame[None], sizes[tag]))
 
 
-def _clip_patches(item: Item, frames: Frames, resolved: Resolved, blob: bytes) -> Iterator[np.ndarray]:
+def _clip_patches(item: Item, frames: Frames, sizes: tuple[Size, ...], blob: bytes) -> Iterator[np.ndarray]:
     for frame in iter_frames(blob, frames.numbers):
         _expect_size(frame.shape[:2], item)
-        yield patchify(preview_video.resize_frames(frame[None], resolved.sizes))
+        yield patchify(preview_video.resize_frames(frame[None], sizes))
 
 
 def _video_rules(options: Mapping[str, float], rules: MediaRules) -> VideoRules:
