@@ -1,6 +1,5 @@
-"""Equal work: samples over replicas, attention segments over encoder ranks and rounds. Greedy, largest first."""
+"""Equal work within a replica: its attention segments over encoder ranks and rounds."""
 
-import heapq
 from collections import defaultdict
 from collections.abc import Sequence
 
@@ -8,9 +7,8 @@ import numpy as np
 
 from megatron_keye.plan.cost import CostModel
 from megatron_keye.plan.pack import best_fit_decreasing
+from megatron_keye.plan.spread import spread
 from megatron_keye.plan.types import EncodeTask, Row
-
-_SHARE_BITS = 28
 
 
 def imbalance(loads: Sequence[float]) -> float:
@@ -19,39 +17,13 @@ def imbalance(loads: Sequence[float]) -> float:
     return max(loads) * len(loads) / total if total else 1.0
 
 
-def place(costs: Sequence[int], num_bins: int) -> list[int]:
-    """The bin of each item: dearest first, each to the least loaded bin (longest processing time, LPT).
+def place_segments(
+    rows: Sequence[Row], encoders: Sequence[int], patches_per_round: int, cost: CostModel, speeds: Sequence[int] | None = None
+) -> tuple[EncodeTask, ...]:
+    """Every attention segment of a replica's rows, once, with its encoder and round, in the order of `ReplicaPlan.tasks`.
 
-    The largest load is at most 4/3 of the smallest possible (R. L. Graham, 1969). Ties go to the lower index.
+    `speeds` of the encoders are per mille; None for all alike.
     """
-    bins = [0] * len(costs)
-    loads = [(0, b) for b in range(num_bins)]
-    for i in sorted(range(len(costs)), key=lambda i: (-costs[i], i)):
-        load, bins[i] = loads[0]
-        heapq.heapreplace(loads, (load + costs[i], bins[i]))
-    return bins
-
-
-def place_vectors(costs: Sequence[tuple[int, ...]], num_bins: int) -> list[int]:
-    """`place` where an item has several kinds of cost that should each be spread evenly.
-
-    Every kind is measured as a share of its total. Items go by their largest share, each to the bin whose largest load
-    stays smallest, then whose sum of loads does. All integers: the same answer on every host.
-    """
-    totals = [sum(kind) for kind in zip(*costs, strict=True)]
-    shares = np.array([[(c << _SHARE_BITS) // max(t, 1) for c, t in zip(cost, totals, strict=True)] for cost in costs], np.int64)
-    loads = np.zeros((num_bins, len(totals)), np.int64)
-    bins = [0] * len(costs)
-    for i in sorted(range(len(costs)), key=lambda i: (-shares[i].max(), i)):
-        after = loads + shares[i]
-        # No load exceeds 1 << _SHARE_BITS, so with fewer than 8 kinds both numbers fit one comparable int64.
-        bins[i] = int(((after.max(axis=1) << (_SHARE_BITS + 3)) + after.sum(axis=1)).argmin())
-        loads[bins[i]] += shares[i]
-    return bins
-
-
-def place_segments(rows: Sequence[Row], encoders: Sequence[int], patches_per_round: int, cost: CostModel) -> tuple[EncodeTask, ...]:
-    """Every attention segment of a replica's rows, once, with its encoder and round, in the order of `ReplicaPlan.tasks`."""
     segments = [
         (microbatch, document, segment, entry.grid)
         for microbatch, row in enumerate(rows)
@@ -60,7 +32,7 @@ def place_segments(rows: Sequence[Row], encoders: Sequence[int], patches_per_rou
     ]
     costs = [cost.vision_cost(grid) for *_, grid in segments]
     shares: dict[int, list[int]] = defaultdict(list)
-    for i, encoder in enumerate(place(costs, len(encoders))):
+    for i, encoder in enumerate(spread([np.array(costs, np.int64)], len(encoders), speeds=speeds)):
         shares[encoders[encoder]].append(i)
     tasks = []
     for encoder in sorted(shares):

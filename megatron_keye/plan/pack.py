@@ -1,6 +1,7 @@
 """Samples -> rows of bounded length. No sample is split; the fewest rows are sought first, then equal cost."""
 
 from bisect import bisect_left, insort
+from collections import defaultdict
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -44,13 +45,8 @@ def best_fit_decreasing(sizes: Sequence[int], capacity: int) -> list[int]:
     return bins
 
 
-def rows_needed(items: Sequence[Item], seq_length_tokens: int) -> int:
-    """Rows that `pack_rows` can certainly do with."""
-    return max(best_fit_decreasing([item.padded_tokens for item in items], seq_length_tokens), default=-1) + 1
-
-
 def pack_rows(items: Sequence[Item], num_rows: int, seq_length_tokens: int, pad_multiple_tokens: int) -> tuple[Row, ...]:
-    """Exactly `num_rows` >= rows_needed(items) rows of at most `seq_length_tokens`, of like decoder cost.
+    """Exactly `num_rows` rows of at most `seq_length_tokens`, of like decoder cost; at least as many as `best_fit_decreasing` takes.
 
     Rows come in order of falling cost, so that microbatches that run at the same time in different replicas are alike;
     a row left without documents is padding of one multiple. Documents keep the order of the step inside a row.
@@ -58,13 +54,22 @@ def pack_rows(items: Sequence[Item], num_rows: int, seq_length_tokens: int, pad_
     bins = _equal_cost_bins(items, num_rows, seq_length_tokens)
     if bins is None:
         bins = best_fit_decreasing([item.padded_tokens for item in items], seq_length_tokens)
-    contents: list[list[Item]] = [[] for _ in range(num_rows)]
+    costs: dict[int, int] = defaultdict(int)
+    first_slots: dict[int, int] = {}
     for item, row in zip(items, bins, strict=True):
+        costs[row] += item.decoder_cost
+        first_slots.setdefault(row, item.slot)
+    places = {row: place for place, row in enumerate(sorted(costs, key=lambda row: (-costs[row], first_slots[row])))}
+    return rows_of(items, [places[row] for row in bins], num_rows, pad_multiple_tokens)
+
+
+def rows_of(items: Sequence[Item], rows: Sequence[int], num_rows: int, pad_multiple_tokens: int) -> tuple[Row, ...]:
+    """The rows that `items`, in slot order, make up when each goes to the row given for it."""
+    contents: list[list[Item]] = [[] for _ in range(num_rows)]
+    for item, row in zip(items, rows, strict=True):
         contents[row].append(item)
-    filled = [sorted(row) for row in contents if row]
-    filled.sort(key=lambda row: (-sum(item.decoder_cost for item in row), row[0].slot))
     empty = Row(documents=(), num_tokens=pad_multiple_tokens)
-    return tuple(_row(row) for row in filled) + (empty,) * (num_rows - len(filled))
+    return tuple(_row(row) if row else empty for row in contents)
 
 
 def _equal_cost_bins(items: Sequence[Item], num_rows: int, capacity: int) -> list[int] | None:

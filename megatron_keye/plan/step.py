@@ -4,14 +4,18 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol
 
+import numpy as np
+
 from megatron_keye.contract.media import SampleShape
 from megatron_keye.errors import PlanError
-from megatron_keye.plan.balance import imbalance, place_segments, place_vectors
+from megatron_keye.plan.assignment import Assignment, AssignmentRules, Barrier, StepCosts, assign_samples
+from megatron_keye.plan.balance import imbalance, place_segments
 from megatron_keye.plan.cost import CostModel
 from megatron_keye.plan.cursor import Cursor
 from megatron_keye.plan.digest import ledger_digest
 from megatron_keye.plan.order import samples_at
-from megatron_keye.plan.pack import Item, pack_rows, round_up, rows_needed
+from megatron_keye.plan.pack import Item, pack_rows, round_up, rows_of
+from megatron_keye.plan.spread import NO_LIMIT
 from megatron_keye.plan.types import EncodeTask, ReplicaPlan, Row, StepPlan
 
 
@@ -42,6 +46,13 @@ class PlanSettings:
     microbatch_multiple: int
     """The number of microbatches is rounded up to this (interleaved schedules need a multiple of the stages)."""
     cost: CostModel
+    barrier: Barrier = "phase"
+    """Where replicas wait for each other; see `assignment.py`."""
+    replica_patches: int = NO_LIMIT
+    """The pixels that a replica has memory for in a step, in patches: kept where samples can be placed so."""
+    speeds: tuple[tuple[int, ...], ...] = ()
+    """How fast ranks are, per mille of the usual, by replica and place in it; () for all alike. A replica's decoder is as fast as
+    its slowest rank."""
 
     def __post_init__(self) -> None:
         sizes = ("global_batch_samples", "pad_multiple_tokens", "patches_per_round", "num_replicas", "microbatch_multiple")
@@ -52,6 +63,8 @@ class PlanSettings:
             )
         if not self.encoders or len(set(self.encoders)) != len(self.encoders):
             problems.append(f"encoders are {self.encoders}, expected at least one rank and none twice")
+        if self.speeds and (len(self.speeds) != self.num_replicas or min(map(min, self.speeds)) < 1):
+            problems.append(f"speeds are {self.speeds}, expected those of {self.num_replicas} replicas, each at least 1 per mille")
         if problems:
             raise PlanError("No step can be planned with these settings: " + "; ".join(problems) + ".")
 
@@ -70,13 +83,26 @@ def plan_step(shapes: SampleShapes, cursor: Cursor, settings: PlanSettings) -> t
 def place_members(members: Sequence[int], shapes: SampleShapes, settings: PlanSettings) -> tuple[ReplicaPlan, ...]:
     """Placement of a step's samples: one plan per replica, all with the same number of rows."""
     items = [_item(slot, sample, shapes[sample], settings) for slot, sample in enumerate(members)]
-    shares: list[list[Item]] = [[] for _ in range(settings.num_replicas)]
-    kinds = [(item.decoder_cost, item.vision_cost, item.padded_tokens) for item in items]
-    for item, replica in zip(items, place_vectors(kinds, settings.num_replicas), strict=True):
-        shares[replica].append(item)
-    needed = max(rows_needed(share, settings.seq_length_tokens) for share in shares)
-    num_rows = round_up(needed, settings.microbatch_multiple)
-    return tuple(_replica_plan(share, num_rows, settings) for share in shares)
+    costs = StepCosts(
+        tokens=np.array([item.padded_tokens for item in items], np.int64),
+        patches=np.array([item.shape.num_patches for item in items], np.int64),
+        decoder=np.array([item.decoder_cost for item in items], np.int64),
+        vision=np.array([item.vision_cost for item in items], np.int64),
+    )
+    assignment = assign_samples(costs, assignment_rules(settings))
+    return tuple(_replica_plan(items, assignment, replica, settings) for replica in range(settings.num_replicas))
+
+
+def assignment_rules(settings: PlanSettings) -> AssignmentRules:
+    """What of the settings concerns the choice of replicas and microbatches."""
+    return AssignmentRules(
+        num_replicas=settings.num_replicas,
+        seq_length_tokens=settings.seq_length_tokens,
+        microbatch_multiple=settings.microbatch_multiple,
+        barrier=settings.barrier,
+        speeds=tuple(min(speeds) for speeds in settings.speeds),
+        replica_patches=settings.replica_patches,
+    )
 
 
 def replicate_tasks(replica: ReplicaPlan, encoders: Sequence[int]) -> ReplicaPlan:
@@ -123,9 +149,15 @@ def _item(slot: int, sample: int, shape: SampleShape, settings: PlanSettings) ->
     return Item(slot, sample, shape, padded_tokens, cost.decoder, cost.vision)
 
 
-def _replica_plan(items: Sequence[Item], num_rows: int, settings: PlanSettings) -> ReplicaPlan:
-    rows = pack_rows(items, num_rows, settings.seq_length_tokens, settings.pad_multiple_tokens)
-    tasks = place_segments(rows, settings.encoders, settings.patches_per_round, settings.cost)
+def _replica_plan(items: Sequence[Item], assignment: Assignment, replica: int, settings: PlanSettings) -> ReplicaPlan:
+    slots = np.flatnonzero(assignment.replica == replica).tolist()
+    own = [items[slot] for slot in slots]
+    if assignment.row is None:
+        rows = pack_rows(own, assignment.num_rows, settings.seq_length_tokens, settings.pad_multiple_tokens)
+    else:
+        rows = rows_of(own, assignment.row[slots].tolist(), assignment.num_rows, settings.pad_multiple_tokens)
+    speeds = [settings.speeds[replica][rank] for rank in settings.encoders] if settings.speeds else None
+    tasks = place_segments(rows, settings.encoders, settings.patches_per_round, settings.cost, speeds)
     return ReplicaPlan(rows, tasks, num_rounds=1 + max((task.round for task in tasks), default=-1))
 
 

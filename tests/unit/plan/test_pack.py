@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_keye.contract.media import SampleShape
-from megatron_keye.plan.pack import Item, best_fit_decreasing, pack_rows, round_up, rows_needed
+from megatron_keye.plan.pack import Item, best_fit_decreasing, pack_rows, round_up
 
 SEQ, PAD = 64, 4
 
@@ -18,6 +18,10 @@ def items_of(lengths, pad=PAD):
     return [
         Item(slot, 100 + slot, SampleShape(n), round_up(n, pad), decoder_cost=n * (10 + n), vision_cost=0) for slot, n in enumerate(lengths)
     ]
+
+
+def rows_needed(items, seq_length_tokens):
+    return max(best_fit_decreasing([item.padded_tokens for item in items], seq_length_tokens), default=-1) + 1
 
 
 def next_fit(sizes, capacity):
