@@ -1,7 +1,10 @@
 """The order of samples: a keyed permutation per epoch, computed position by position and never stored."""
 
 import hashlib
+from collections.abc import Callable
 from math import isqrt
+
+import numpy as np
 
 from megatron_keye.errors import PlanError
 
@@ -14,6 +17,13 @@ def _mix(value: int) -> int:
     value = ((value ^ (value >> 30)) * 0xBF58476D1CE4E5B9) & _MASK
     value = ((value ^ (value >> 27)) * 0x94D049BB133111EB) & _MASK
     return value ^ (value >> 31)
+
+
+def _mix_all(values: np.ndarray) -> np.ndarray:
+    """`_mix` of uint64 values, whose products wrap around by themselves."""
+    values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    values = (values ^ (values >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return values ^ (values >> np.uint64(31))
 
 
 class Permutation:
@@ -41,12 +51,34 @@ class Permutation:
             value = self._permute_rectangle(value)
         return value
 
+    def of(self, positions: np.ndarray) -> np.ndarray:
+        """The samples at `positions`, int64 [n], each as by a call."""
+        outside = positions[(positions < 0) | (positions >= self.num_samples)]
+        if len(outside):
+            raise PlanError(f"Position {outside[0]} is outside an order of {self.num_samples} samples.")
+        values = self._permute_all(positions.astype(np.uint64))
+        walking = np.flatnonzero(values >= self.num_samples)
+        while len(walking):
+            values[walking] = self._permute_all(values[walking])
+            walking = walking[values[walking] >= self.num_samples]
+        return values.astype(np.int64)
+
     def _permute_rectangle(self, value: int) -> int:
         left, right = divmod(value, self._right_size)
         for i in range(0, _NUM_ROUNDS, 2):
             left = (left + _mix((right + self._round_keys[i]) & _MASK)) % self._left_size
             right = (right + _mix((left + self._round_keys[i + 1]) & _MASK)) % self._right_size
         return left * self._right_size + right
+
+    def _permute_all(self, values: np.ndarray) -> np.ndarray:
+        """`_permute_rectangle` of uint64 values. Halves are reduced before they are added: Python's integers do not wrap around."""
+        left_size, right_size = np.uint64(self._left_size), np.uint64(self._right_size)
+        left, right = np.divmod(values, right_size)
+        keys = np.array(self._round_keys, np.uint64)
+        for i in range(0, _NUM_ROUNDS, 2):
+            left = (left + _mix_all(right + keys[i]) % left_size) % left_size
+            right = (right + _mix_all(left + keys[i + 1]) % right_size) % right_size
+        return left * right_size + right
 
 
 def epoch_permutation(epoch: int, num_samples: int, seed: int) -> Permutation:
@@ -63,14 +95,29 @@ def sample_at(position: int, num_samples: int, seed: int) -> int:
 
 def samples_at(start: int, count: int, num_samples: int, seed: int) -> tuple[int, ...]:
     """The samples at positions start .. start + count - 1; where these span an epoch's end a sample may occur twice."""
-    _check_not_empty(num_samples)
-    samples: list[int] = []
-    while len(samples) < count:
-        epoch, offset = divmod(start + len(samples), num_samples)
-        permutation = epoch_permutation(epoch, num_samples, seed)
-        stop = min(num_samples, offset + count - len(samples))
-        samples.extend(permutation(i) for i in range(offset, stop))
-    return tuple(samples)
+    return tuple(ShuffledOrder(num_samples, seed)(np.arange(start, start + count)).tolist())
+
+
+class ShuffledOrder:
+    """The endless sequence of epochs over one dataset, every sample equally likely at every position."""
+
+    def __init__(self, num_samples: int, seed: int):
+        _check_not_empty(num_samples)
+        self.num_samples, self._seed = num_samples, seed
+
+    def __call__(self, positions: np.ndarray) -> np.ndarray:
+        """The samples at `positions`, int64 [n]."""
+        return by_epoch(positions, self.num_samples, lambda epoch: epoch_permutation(epoch, self.num_samples, self._seed).of)
+
+
+def by_epoch(positions: np.ndarray, num_samples: int, order_of: Callable[[int], Callable[[np.ndarray], np.ndarray]]) -> np.ndarray:
+    """int64 [n]: `order_of(epoch)` applied to the offsets of the positions in each epoch."""
+    epochs, offsets = np.divmod(positions, num_samples)
+    samples = np.empty_like(offsets)
+    for epoch in np.unique(epochs).tolist():
+        here = epochs == epoch
+        samples[here] = order_of(epoch)(offsets[here])
+    return samples
 
 
 def _check_not_empty(num_samples: int) -> None:

@@ -3,6 +3,7 @@
 import itertools
 import random
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -21,6 +22,13 @@ def test_permutation_is_a_bijection(num_samples):
 def test_permutation_is_a_bijection_for_any_key(num_samples, key):
     permutation = Permutation(num_samples, key)
     assert len({permutation(i) for i in range(num_samples)}) == num_samples
+
+
+@given(st.integers(1, 2**60), st.binary(max_size=8), st.lists(st.integers(0, 2**60), max_size=50))
+def test_many_positions_at_once_are_each_alone(num_samples, key, positions):
+    permutation = Permutation(num_samples, key)
+    positions = [position % num_samples for position in positions]
+    assert permutation.of(np.array(positions, np.int64)).tolist() == [permutation(position) for position in positions]
 
 
 @given(st.integers(1, 2**50), st.integers(0, 2**40), st.integers(-(2**63), 2**63))
@@ -76,3 +84,5 @@ def test_empty_dataset_is_refused(num_samples):
 def test_position_outside_is_refused(position):
     with pytest.raises(PlanError, match="outside"):
         Permutation(5, b"")(position)
+    with pytest.raises(PlanError, match="outside"):
+        Permutation(5, b"").of(np.array([0, position]))
