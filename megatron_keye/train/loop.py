@@ -18,6 +18,7 @@ from megatron_keye.data.dataset import Dataset
 from megatron_keye.data.loader import ReplicaLoader
 from megatron_keye.data.tokenizer import KeyeTokenizer, load_tokenizer
 from megatron_keye.errors import DataError, NumericError, SettingsError
+from megatron_keye.io_server.remote import RemotePixels, connect
 from megatron_keye.plan.cursor import Cursor, ResumeState, RunIdentity, check_resumable
 from megatron_keye.train import checkpointing
 from megatron_keye.train.build import build_model, build_optimizer
@@ -87,6 +88,7 @@ class Training:
         self.control = Control(run_dir, runtime.groups, runtime.device)
         with failing_together(runtime.groups.world, runtime.device):
             self.inputs = open_inputs(config)
+            self._media = connect(config.data) if runtime.groups.is_leader else None
         with said_once(runtime.groups.world, runtime.device):
             self.model = build_model(config, runtime.groups, runtime.device)
         self.step = TrainStep(self.model, build_optimizer(self.model))
@@ -105,21 +107,23 @@ class Training:
             if not stopped:
                 self._finish(cursor)
         finally:
+            if self._media is not None:
+                self.recorder.say(self._media.summary())
+                self._media.close()
             self.recorder.close()
 
     def _steps(self, cursor: Cursor) -> tuple[Cursor, bool]:
         """Train from `cursor` on; returns where it ended, and whether that was by request."""
         settings = self.config.train
-        saved = cursor
+        first_step = cursor.step
         limits = Limits(self.config)
         feed = self._feed(self.inputs.train, cursor)
         try:
             while True:
                 requests = self.control.poll()
                 due = cursor.step % settings.save_every_steps == 0 or cursor.step >= settings.steps
-                if (due or requests.save or requests.stop) and cursor != saved:
+                if (due or requests.save or requests.stop) and cursor.step > first_step:
                     self._save(cursor)
-                    saved = cursor
                 if requests.save and self.runtime.is_main:
                     self.run_dir.answer("SAVE")
                 if cursor.step >= settings.steps:
@@ -153,7 +157,10 @@ class Training:
         if self.runtime.groups.is_leader:
             skip_bad = data.bad_sample == "skip"
             pad_id = self.inputs.tokenizer.specials.endoftext
-            loader = ReplicaLoader(dataset, pad_id=pad_id, threads=data.decode_threads, skip_bad=skip_bad)
+            samples, threads = dataset, data.decode_threads
+            if self._media is not None:
+                samples, threads = RemotePixels(dataset, self._media), self._media.threads
+            loader = ReplicaLoader(samples, pad_id=pad_id, threads=threads, skip_bad=skip_bad)
         return Feed(self.config, self.runtime.groups, dataset, loader, self.planner, cursor, self.runtime.device)
 
     def _validate(self, cursor: Cursor) -> None:

@@ -15,7 +15,9 @@ from megatron_keye.plan.context_split import local_tokens
 from megatron_keye.plan.cursor import Cursor
 from megatron_keye.train.consensus import failing_together, raise_together
 from megatron_keye.train.feed import Feed
+from megatron_keye.train.loop import Training
 from megatron_keye.train.placement import Planner
+from megatron_keye.train.run_dir import RunDir
 from tests.tiny import on_ranks, runtime_here, with_layout
 
 PAD = 0
@@ -104,6 +106,21 @@ def test_every_rank_gets_its_part_and_only_leaders_read(tiny, layout):
     for number in range(NUM_STEPS):
         plan, cursor = planner.plan(dataset.shapes, cursor)
         assert {members[number] for members in plans} == {plan.members}
+
+
+def train_with_leaders_reading_alone(config, path):
+    runtime = runtime_here(config)
+    if not runtime.groups.is_leader:
+        sys.addaudithook(forbid_reading)
+        dataset_module.load_patches = forbid_decoding
+    run_dir = RunDir(path)
+    run_dir.create()
+    Training(config, run_dir, runtime).run()
+
+
+def test_a_whole_run_with_validation_reads_on_leaders_alone(tiny, tmp_path):
+    on_ranks("tp2dp2", tiny.config("train.steps=2", "train.valid_every_steps=1"), train_with_leaders_reading_alone, tmp_path)
+    assert RunDir(tmp_path).is_done
 
 
 def test_the_sample_set_has_several_rounds_and_ranks_without_pictures(tiny):
