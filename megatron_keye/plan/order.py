@@ -3,6 +3,7 @@
 import hashlib
 from collections.abc import Callable
 from math import isqrt
+from typing import Protocol
 
 import numpy as np
 
@@ -96,6 +97,15 @@ def sample_at(position: int, num_samples: int, seed: int) -> int:
 def samples_at(start: int, count: int, num_samples: int, seed: int) -> tuple[int, ...]:
     """The samples at positions start .. start + count - 1; where these span an epoch's end a sample may occur twice."""
     return tuple(ShuffledOrder(num_samples, seed)(np.arange(start, start + count)).tolist())
+
+
+class Order(Protocol):
+    """An endless sequence over samples 0 .. num_samples - 1, of which any position can be asked for."""
+
+    num_samples: int
+
+    def __call__(self, positions: np.ndarray) -> np.ndarray:
+        """The samples at `positions`, int64 [n]."""
 
 
 class ShuffledOrder:
