@@ -60,5 +60,7 @@ def start(config: RunConfig) -> Runtime:
 
 
 def stop() -> None:
-    if dist.is_initialized():
+    """Leave the world. gloo's groups are left to the end of the process: destroying them while a peer still does the same
+    aborted 3 of 12 processes ("terminate called without an active exception")."""
+    if dist.is_initialized() and dist.get_backend() == "nccl":
         dist.destroy_process_group()
