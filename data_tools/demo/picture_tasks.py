@@ -4,7 +4,7 @@ from random import Random
 
 from .example import Example
 from .pictures import COLOURS, Box, Lettering, Scene, text_width_px
-from .sampling import any_colour, any_shape, background, big_shape, canvas, item, shade, square_box
+from .sampling import GREY, any_colour, any_shape, background, big_shape, canvas, framed_shape, item, shade, square_box
 
 MAX_COUNT = 5
 GRID = 10
@@ -14,7 +14,7 @@ MAX_LETTERS = 4
 
 COLOUR_QUESTIONS = ("What colour is the shape?", "Which colour is this?", "Name the colour.")
 SHAPE_QUESTIONS = ("What shape is this?", "Name the shape.", "Which shape do you see?")
-COUNT_QUESTIONS = ("How many shapes are there?", "Count the shapes.")
+COUNT_QUESTIONS = ("How many dots are there?", "Count the dots.")
 READ_QUESTIONS = ("What does the picture say?", "Read the text.")
 BOX_QUESTIONS = ("Where is the {colour} shape? Give its box.", "Box of the {colour} shape:")
 POINT_QUESTIONS = ("Where is the {colour} shape? Give its centre.", "Centre of the {colour} shape:")
@@ -36,16 +36,16 @@ def colour(rng: Random, choice: str) -> Example:
 
 
 def shape(rng: Random, choice: str) -> Example:
-    return Example((big_shape(rng, choice, any_colour(rng)), rng.choice(SHAPE_QUESTIONS)), choice)
+    return Example((framed_shape(rng, choice, any_colour(rng)), rng.choice(SHAPE_QUESTIONS)), choice)
 
 
 def count(rng: Random, choice: int) -> Example:
-    """`choice` equal shapes apart from each other. Their size does not depend on their number."""
+    """`choice` equal dots apart from each other. Their size does not depend on their number."""
     width, height = canvas(rng)
-    side_px = min(round((width * height) ** 0.5 * rng.uniform(0.18, 0.24)), min(width, height) * 2 // 5)
-    name, paint = any_shape(rng), any_colour(rng)
+    side_px = min(round((width * height) ** 0.5 * rng.uniform(0.19, 0.23)), min(width, height) * 2 // 5)
+    paint = any_colour(rng)
     boxes = _apart(rng, width, height, side_px, choice)
-    scene = Scene(width, height, background(rng), tuple(item(rng, name, paint, box) for box in boxes))
+    scene = Scene(width, height, GREY, tuple(item(rng, "circle", paint, box) for box in boxes))
     return Example((scene, rng.choice(COUNT_QUESTIONS)), str(choice))
 
 

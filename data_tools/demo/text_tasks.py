@@ -4,7 +4,7 @@ from random import Random
 
 from .example import Example
 from .pictures import COLOURS, SHAPES
-from .sampling import any_colour, any_shape, big_shape
+from .sampling import any_colour, any_shape, framed_shape
 
 THINGS = {
     "a lemon": "yellow",
@@ -54,7 +54,7 @@ def fact(rng: Random, _: None) -> Example:
 def caption(rng: Random, _: None) -> Example:
     """A picture and what it shows."""
     shape, colour = any_shape(rng), any_colour(rng)
-    return Example((big_shape(rng, shape, colour), _sentence(f"a {colour} {shape}")))
+    return Example((framed_shape(rng, shape, colour), _sentence(f"a {colour} {shape}")))
 
 
 def album(rng: Random, number: int) -> Example:
@@ -63,7 +63,7 @@ def album(rng: Random, number: int) -> Example:
     for i in range(number):
         shape, colour = rng.choice(SHAPES), rng.choice(tuple(COLOURS))
         ending = " That is all." if i == number - 1 else " Next picture:"
-        parts += [big_shape(rng, shape, colour), _sentence(f"a {colour} {shape}") + ending]
+        parts += [framed_shape(rng, shape, colour), _sentence(f"a {colour} {shape}") + ending]
     return Example(tuple(parts))
 
 

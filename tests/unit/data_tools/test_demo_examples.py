@@ -167,7 +167,7 @@ def _painted_box(scene, item):
 
 
 @pytest.mark.parametrize("choice", range(1, picture_tasks.MAX_COUNT + 1))
-def test_counted_shapes_do_not_touch(choice):
+def test_counted_dots_do_not_touch(choice):
     for seed in range(20):
         scene = picture_tasks.count(Random(seed), choice).parts[0]
         boxes = [item.box for item in scene.items]
