@@ -23,6 +23,7 @@ setup(
         "tokenizers",
         "safetensors",
         "av",
+        "h11>=0.16",
         "opencv-python-headless",
         "pillow",
         "webdataset",

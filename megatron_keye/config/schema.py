@@ -12,6 +12,7 @@ Variant = Literal["keye_vl_preview", "keye_vl_1_5"]
 Module = Literal["vision", "projector", "embedding", "decoder"]
 Positive = Annotated[int, Field(gt=0)]
 NonNegative = Annotated[int, Field(ge=0)]
+PositiveFloat = Annotated[float, Field(gt=0.0)]
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 
 
@@ -139,6 +140,28 @@ class VideoConfig(Section):
     max_frames: Positive | None = None
 
 
+class MediaConfig(Section):
+    """Servers that decode images and videos in place of the training nodes. None of it changes what a run computes."""
+
+    servers: tuple[str, ...] = ()
+    """URLs of `keye io-server` processes, such as http://node1:7300; none decodes here."""
+    registry: str | None = None
+    """Shared folder in which servers announce themselves (`keye io-server --registry`)."""
+    secret_file: str | None = None
+    """File with the secret that servers ask for (`keye io-server --secret-file`)."""
+    requests: Positive = 8
+    """Images and videos asked for at a time, per replica."""
+    in_flight_bytes: Positive = 1 << 30
+    """Pixels on their way at a time, per replica."""
+    deadline_s: PositiveFloat = 60.0
+    """Longest wait for servers for one image or video, which is then decoded here."""
+    hedge_after_s: PositiveFloat = 2.0
+    """A second server is asked when the first takes longer than this, and longer than is usual for the size."""
+    connect_timeout_s: PositiveFloat = 1.0
+    stall_timeout_s: PositiveFloat = 5.0
+    """Longest pause while an answer arrives."""
+
+
 class DataConfig(Section):
     """Where samples come from and how they fill steps."""
 
@@ -161,6 +184,7 @@ class DataConfig(Section):
     prefetch_bytes: Positive = 4 << 30
     """Budget for pixels decoded ahead, per replica."""
     decode_threads: Positive = 2
+    media: MediaConfig = MediaConfig()
     bad_sample: Literal["stop", "skip"] = "stop"
     """What a sample that cannot be decoded does: stop the run, or count as an empty slot in the ledger."""
     max_skipped_samples: NonNegative = 100

@@ -1,0 +1,249 @@
+"""Asking a fleet of servers for one result: retries, hedging, back-pressure, and when to give up."""
+
+import threading
+import time
+from collections import Counter, deque
+from collections.abc import Iterator
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from megatron_keye.io_server.attempts import Attempt, AttemptFailed, Connections, Timeouts
+from megatron_keye.io_server.fleet import Fleet, Server
+from megatron_keye.io_server.protocol import DecodeJob
+
+MAX_ATTEMPTS = 3
+"""Servers that may fail at one job. One that is busy has not failed."""
+FATAL_CRASHES = 2
+"""Servers whose workers died of a job before it is kept away from this process too."""
+HEDGED_SHARE = 0.1
+"""Requests that may be hedged, at most, in the long run."""
+HEDGE_PERCENTILE = 95
+HEDGE_HISTORY = 128
+HEDGE_MIN_HISTORY = 8
+
+
+class Poisonous(Exception):
+    """A job that ended the workers of several servers: decoding it here would end the training process."""
+
+
+@dataclass(frozen=True, slots=True)
+class ClientSettings:
+    deadline_s: float
+    """Longest wait for servers in all; then the caller decodes by itself."""
+    hedge_after_s: float
+    """Least time after which a second server is asked as well."""
+    requests: int
+    """Jobs at a time."""
+    in_flight_bytes: int
+    """Bytes of all results on their way, at most; one larger result goes alone."""
+    timeouts: Timeouts
+    secret: bytes | None = None
+
+
+class ByteCredits:
+    """Bytes that may be on their way at a time."""
+
+    def __init__(self, limit_bytes: int):
+        self._limit_bytes = limit_bytes
+        self._used_bytes = 0
+        self._changed = threading.Condition()
+
+    @contextmanager
+    def hold(self, num_bytes: int) -> Iterator[None]:
+        with self._changed:
+            self._changed.wait_for(lambda: not self._used_bytes or self._used_bytes + num_bytes <= self._limit_bytes)
+            self._used_bytes += num_bytes
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._used_bytes -= num_bytes
+                self._changed.notify_all()
+
+
+class HedgeClock:
+    """When to ask a second server: after what nearly all results of this size took, within a share of all requests."""
+
+    def __init__(self, least_s: float):
+        self._least_s = least_s
+        self._seconds_per_byte: dict[bool, deque[float]] = {False: deque(maxlen=HEDGE_HISTORY), True: deque(maxlen=HEDGE_HISTORY)}
+        self._allowance = 1.0
+        self._lock = threading.Lock()
+
+    def delay_s(self, job: DecodeJob) -> float:
+        """Images and videos are told apart, as a byte of one costs many times a byte of the other."""
+        with self._lock:
+            history = self._seconds_per_byte[job.frames is not None]
+            if len(history) < HEDGE_MIN_HISTORY:
+                return self._least_s
+            return max(self._least_s, float(np.percentile(history, HEDGE_PERCENTILE)) * job.result_bytes)
+
+    def record(self, job: DecodeJob, took_s: float) -> None:
+        with self._lock:
+            self._seconds_per_byte[job.frames is not None].append(took_s / job.result_bytes)
+            self._allowance = min(self._allowance + HEDGED_SHARE, HEDGE_HISTORY * HEDGED_SHARE)
+
+    def may_hedge(self) -> bool:
+        """Takes one hedge from the allowance where there is one."""
+        with self._lock:
+            if self._allowance < 1:
+                return False
+            self._allowance -= 1
+            return True
+
+
+@dataclass
+class Counts:
+    """Events by name: remote, local, retried, hedged, hedge_won, busy, failed, confirmed_here."""
+
+    values: Counter[str] = field(default_factory=Counter)
+    last_failure: str = ""
+    _lock: threading.Lock = field(default_factory=threading.Lock)
+
+    def add(self, name: str) -> None:
+        with self._lock:
+            self.values[name] += 1
+
+    def failure(self, message: str) -> None:
+        with self._lock:
+            self.values["failed"] += 1
+            self.last_failure = message
+
+
+class MediaClient:
+    """Asks the servers of `fleet`. All methods may be called from several threads."""
+
+    def __init__(self, fleet: Fleet, settings: ClientSettings):
+        self._fleet, self.settings = fleet, settings
+        self._connections = Connections(settings.timeouts, settings.secret)
+        # Losers of hedges and cancelled attempts hold their threads for a moment.
+        self._threads = ThreadPoolExecutor(3 * settings.requests, thread_name_prefix="media")
+        self._credits = ByteCredits(settings.in_flight_bytes)
+        self._hedge = HedgeClock(settings.hedge_after_s)
+        self._closing = threading.Event()
+        self.counts = Counts()
+
+    def fetch(self, job: DecodeJob) -> np.ndarray | None:
+        """uint8 [result_bytes], or None where the caller must decode by itself: no server could, in time.
+
+        Raises Poisonous.
+        """
+        with self._credits.hold(job.result_bytes):
+            return _Fetch(self, job).run()
+
+    def close(self) -> None:
+        """Ends what is under way within the time of one attempt."""
+        self._closing.set()
+        self._threads.shutdown(wait=False, cancel_futures=True)
+        self._connections.close()
+
+
+class _Fetch:
+    """One job, its attempts, and what became of them."""
+
+    def __init__(self, client: MediaClient, job: DecodeJob):
+        self._client, self._job = client, job
+        self._began_s = time.monotonic()
+        self._deadline_s = self._began_s + client.settings.deadline_s
+        self._servers = deque(client._fleet.ranked(job.key))
+        self._running: dict[Future, tuple[Attempt, Server, bool]] = {}
+        self._failed = self._crashed = 0
+        self._is_final = False
+        self._hedged = False
+
+    def run(self) -> np.ndarray | None:
+        try:
+            while not self._is_final and self._next_attempt():
+                done, _ = wait(self._running, self._patience_s(), return_when=FIRST_COMPLETED)
+                if not done:
+                    self._grow_impatient()
+                for future in done:
+                    answer = self._judge(future)
+                    if answer is not None:
+                        return answer
+            return None
+        finally:
+            for attempt, _, _ in self._running.values():
+                attempt.cancel()
+
+    def _next_attempt(self) -> bool:
+        """See to it that an attempt is running; False where nothing more can be tried."""
+        if self._running:
+            return True
+        if not self._servers or self._failed >= MAX_ATTEMPTS:
+            return False
+        server = min(self._servers, key=lambda s: s.breaker.busy_until_s)
+        pause_s = server.breaker.busy_until_s - time.monotonic()
+        if pause_s > 0 and (time.monotonic() + pause_s >= self._deadline_s or self._client._closing.wait(pause_s)):
+            return False
+        if self._failed:
+            self._client.counts.add("retried")
+        self._start(server, is_hedge=False)
+        return True
+
+    def _start(self, server: Server, *, is_hedge: bool) -> None:
+        self._servers.remove(server)
+        attempt = Attempt(self._client._connections, server.url, self._job, self._deadline_s)
+        self._running[self._client._threads.submit(attempt.run)] = (attempt, server, is_hedge)
+
+    def _patience_s(self) -> float:
+        left_s = max(self._deadline_s - time.monotonic(), 0.0)
+        if self._hedged or not self._servers:
+            return left_s
+        hedge_at_s = self._began_s + self._client._hedge.delay_s(self._job)
+        return min(left_s, max(hedge_at_s - time.monotonic(), 0.0))
+
+    def _grow_impatient(self) -> None:
+        """Nothing came in time: hedge, or end at the deadline."""
+        if time.monotonic() >= self._deadline_s:
+            self._is_final = True
+            for _, server, _ in self._running.values():
+                server.breaker.failed()
+                self._client.counts.failure(f"{server.url}: no answer within {self._client.settings.deadline_s:g} s")
+            return
+        self._hedged = True
+        if self._client._hedge.may_hedge():
+            self._client.counts.add("hedged")
+            self._start(self._servers[0], is_hedge=True)
+
+    def _judge(self, future: Future) -> np.ndarray | None:
+        """The answer of a finished attempt, or None with what its failure means noted."""
+        _, server, is_hedge = self._running.pop(future)
+        counts = self._client.counts
+        try:
+            answer = future.result()
+        except AttemptFailed as error:
+            self._note(server, error)
+            return None
+        server.breaker.succeeded()
+        counts.add("remote")
+        if is_hedge:
+            counts.add("hedge_won")
+        self._client._hedge.record(self._job, time.monotonic() - self._began_s)
+        return answer
+
+    def _note(self, server: Server, error: AttemptFailed) -> None:
+        """A server that answers is in order, whatever it answers; one that cannot be asked again soon is left alone."""
+        code, breaker = error.code, server.breaker
+        if code == "busy":
+            self._client.counts.add("busy")
+            breaker.succeeded()
+            breaker.busy(error.retry_after_s)
+            self._servers.append(server)
+            return
+        self._client.counts.failure(str(error))
+        self._failed += 1
+        if code is None or code == "internal":
+            breaker.failed()
+        elif code in ("wrong_decoder", "draining", "denied"):
+            breaker.trip()
+        elif code == "corrupt":  # no other server would find it whole; the caller says how it is broken
+            self._client.counts.add("confirmed_here")
+            self._is_final = True
+        elif code == "worker_crashed":
+            self._crashed += 1
+            if self._crashed >= FATAL_CRASHES:
+                raise Poisonous(f"it ended the decoders of {self._crashed} servers; the last: {error}")

@@ -1,0 +1,135 @@
+"""One HTTP/1.1 connection of the server: h11 judges the protocol, asyncio moves the bytes, the kernel sends the pixels.
+
+h11 is pure Python without dependencies and leaves the sockets to us, so a result goes from its memory file to the network by
+sendfile, without passing through this process.
+"""
+
+import asyncio
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+
+import h11
+
+from megatron_keye.io_server.protocol import Refused
+from megatron_keye.io_server.slabs import Slab
+
+READ_BYTES = 1 << 16
+MAX_HEADER_BYTES = 1 << 14
+IDLE_S = 120.0
+"""An open connection without a request is closed after this long."""
+REQUEST_S = 10.0
+"""A request that has begun must be here within this long."""
+PIECE_BYTES = 4 << 20
+PIECE_S = 10.0
+"""A client that does not take a piece of its answer within this long is cut off."""
+LINGER_S = 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    method: str
+    path: str
+    headers: dict[str, str]
+    """By lower-case name."""
+    body: bytes
+
+
+class Gone(Exception):
+    """The client closed the connection, or was too slow to keep it."""
+
+
+class Connection:
+    """Requests one after another, each to be answered by `respond` before the next is asked for."""
+
+    def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, max_body_bytes: int):
+        self._reader, self._writer = reader, writer
+        self._max_body_bytes = max_body_bytes
+        self._http = h11.Connection(h11.SERVER, max_incomplete_event_size=MAX_HEADER_BYTES)
+
+    @property
+    def can_go_on(self) -> bool:
+        """Whether another request may follow the answer; prepares for it."""
+        if self._http.our_state is not h11.DONE or self._http.their_state is not h11.DONE:
+            return False
+        self._http.start_next_cycle()
+        return True
+
+    async def next_request(self) -> Request | None:
+        """None where the client is done. Raises Refused for what is no good request, and Gone."""
+        try:
+            async with asyncio.timeout(IDLE_S):
+                head = await self._next_event()
+            if not isinstance(head, h11.Request):
+                return None
+            async with asyncio.timeout(REQUEST_S):
+                body = await self._body()
+        except h11.RemoteProtocolError as error:
+            raise Refused("bad_request", f"not HTTP/1.1 as it is spoken here: {error}") from error
+        except TimeoutError as error:
+            raise Gone from error
+        headers = {name.decode("latin-1"): value.decode("latin-1") for name, value in head.headers}
+        return Request(head.method.decode("latin-1"), head.target.decode("latin-1"), headers, body)
+
+    async def respond(self, status: int, headers: Sequence[tuple[str, str]], body: bytes | Slab, *, keep_open: bool) -> None:
+        """Send one answer. Raises Gone where the client does not take it."""
+        lines = [("content-length", str(len(body))), *headers]
+        if not keep_open or self._http.their_state is not h11.DONE:
+            lines.append(("connection", "close"))
+        head = self._http.send(h11.Response(status_code=status, headers=lines))
+        is_plain = isinstance(body, bytes)
+        self._http.send_with_data_passthrough(h11.Data(data=body))  # counted, not touched
+        try:
+            async with asyncio.timeout(PIECE_S):
+                self._writer.write(head + body if is_plain else head)
+                await self._writer.drain()
+            if not is_plain:
+                await self._send_slab(body)
+        except (OSError, TimeoutError, RuntimeError) as error:  # asyncio's sendfile raises RuntimeError on a closed transport
+            self._writer.transport.abort()
+            raise Gone from error
+        self._http.send(h11.EndOfMessage())
+
+    async def closed(self) -> None:
+        """Returns when the client closes the connection, or sends what nobody asked for yet. For use between request and answer."""
+        data = await self._reader.read(READ_BYTES)
+        if data:
+            self._http.receive_data(data)
+            await asyncio.Event().wait()
+
+    async def linger(self) -> None:
+        """Discard what the client still sends for a moment: closing on unread bytes would take back the answer."""
+        with suppress(OSError, TimeoutError):
+            async with asyncio.timeout(LINGER_S):
+                while await self._reader.read(READ_BYTES):
+                    pass
+
+    async def close(self) -> None:
+        with suppress(OSError):
+            self._writer.close()
+            await self._writer.wait_closed()
+
+    async def _next_event(self) -> h11.Event:
+        while (event := self._http.next_event()) is h11.NEED_DATA:
+            try:
+                self._http.receive_data(await self._reader.read(READ_BYTES))
+            except OSError as error:
+                raise Gone from error
+        return event
+
+    async def _body(self) -> bytes:
+        body = bytearray()
+        while isinstance(event := await self._next_event(), h11.Data):
+            body += event.data
+            if len(body) > self._max_body_bytes:
+                raise Refused("too_large", f"the request has more than {self._max_body_bytes} bytes")
+        if not isinstance(event, h11.EndOfMessage):
+            raise Gone
+        return bytes(body)
+
+    async def _send_slab(self, slab: Slab) -> None:
+        loop = asyncio.get_running_loop()
+        with open(slab.fd, "rb", closefd=False, buffering=0) as file:
+            for start in range(0, len(slab), PIECE_BYTES):
+                async with asyncio.timeout(PIECE_S):
+                    await loop.sendfile(self._writer.transport, file, start, min(PIECE_BYTES, len(slab) - start), fallback=False)

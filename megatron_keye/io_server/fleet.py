@@ -1,0 +1,88 @@
+"""Which server to ask next: the one that is likely to have the answer, unless it is out of order or busy."""
+
+import hashlib
+import threading
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from megatron_keye.io_server.registry import live_leases
+
+FAILURES_TO_OPEN = 3
+"""Consecutive failures after which a server is left alone."""
+OPEN_S = 30.0
+"""For how long, before one request may try it again."""
+REREAD_S = 5.0
+"""Age of what is known from the registry."""
+
+Clock = Callable[[], float]
+
+
+@dataclass(slots=True)
+class Breaker:
+    """Leaves a server alone that fails: closed (in use), open until `open_until_s`, then one trial decides."""
+
+    clock: Clock
+    failures: int = 0
+    open_until_s: float = 0.0
+    busy_until_s: float = 0.0
+
+    def allows(self) -> bool:
+        return self.clock() >= self.open_until_s
+
+    def succeeded(self) -> None:
+        self.failures, self.open_until_s = 0, 0.0
+
+    def failed(self) -> None:
+        self.failures += 1
+        if self.failures >= FAILURES_TO_OPEN:
+            self.trip()
+
+    def trip(self) -> None:
+        """Open at once. The next failure after that opens it again."""
+        self.failures = FAILURES_TO_OPEN - 1
+        self.open_until_s = self.clock() + OPEN_S
+
+    def busy(self, retry_after_s: float) -> None:
+        self.busy_until_s = self.clock() + retry_after_s
+
+
+@dataclass(slots=True)
+class Server:
+    url: str
+    breaker: Breaker
+
+
+def rendezvous(key: bytes, urls: Iterable[str]) -> list[str]:
+    """Servers from first to last choice for `key`: the same on every client, and a lost server moves only its own keys."""
+    return sorted(urls, key=lambda url: (hashlib.blake2b(url.encode(), key=key[:64], digest_size=8).digest(), url), reverse=True)
+
+
+@dataclass
+class Fleet:
+    """The servers of a run, given by URL or found in a registry folder. All methods may be called from several threads."""
+
+    urls: tuple[str, ...]
+    registry: Path | None = None
+    decoder_id: str = ""
+    """Servers of the registry that decode otherwise are never asked."""
+    clock: Clock = time.monotonic
+    _servers: dict[str, Server] = field(default_factory=dict)
+    _lock: threading.Lock = field(default_factory=threading.Lock)
+    _read_s: float | None = None
+
+    def ranked(self, key: bytes) -> list[Server]:
+        """Servers that may be asked, from first to last choice; none where all are out of order."""
+        with self._lock:
+            self._refresh()
+            usable = [url for url, server in self._servers.items() if server.breaker.allows()]
+            return [self._servers[url] for url in rendezvous(key, usable)]
+
+    def _refresh(self) -> None:
+        if self._read_s is not None and (self.registry is None or self.clock() - self._read_s < REREAD_S):
+            return
+        self._read_s = self.clock()
+        leases = [] if self.registry is None else live_leases(self.registry)
+        wanted = dict.fromkeys((*self.urls, *(lease.url for lease in leases if lease.decoder_id == self.decoder_id)))
+        self._servers = {url: self._servers.get(url) or Server(url, Breaker(self.clock)) for url in wanted}

@@ -1,0 +1,246 @@
+"""The server's front: takes requests, hands them to workers, sends what they made. It neither decodes nor imports torch."""
+
+import asyncio
+import json
+import sys
+import time
+from collections.abc import Awaitable
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+from megatron_keye.errors import KeyeError, SettingsError
+from megatron_keye.io_server import auth
+from megatron_keye.io_server.connection import Connection, Gone, Request
+from megatron_keye.io_server.metrics import Metrics
+from megatron_keye.io_server.pool import PoolSettings, WorkerPool
+from megatron_keye.io_server.protocol import (
+    DECODE_PATH,
+    HEALTH_PATH,
+    MAX_REQUEST_BYTES,
+    METRICS_PATH,
+    RESULT_HEADER,
+    STATUS,
+    DecodeJob,
+    Refused,
+    parse_job,
+)
+from megatron_keye.io_server.registry import RENEW_S, remove_lease, write_lease
+from megatron_keye.io_server.results import Result, Results
+from megatron_keye.io_server.slabs import Slab, SlabBudget
+
+MAX_CONNECTIONS = 1024
+LOOPBACK = frozenset({"127.0.0.1", "::1", "localhost"})
+
+
+@dataclass(frozen=True, slots=True)
+class ServerSettings:
+    """`memory_bytes` bounds all results together: being decoded, sent, and kept to be sent again."""
+
+    host: str
+    port: int
+    pool: PoolSettings
+    memory_bytes: int
+    drain_s: float
+    """How long requests at hand may take after a request to stop."""
+    secret: bytes | None = None
+    registry: Path | None = None
+    advertise: str | None = None
+    """Host name by which others reach this server; None takes `host`."""
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    status: int
+    body: bytes | Slab
+    headers: tuple[tuple[str, str], ...] = ()
+
+
+class Front:
+    """One server. Raises SettingsError where it could be asked by anyone."""
+
+    def __init__(self, settings: ServerSettings):
+        if settings.secret is None and settings.host not in LOOPBACK:
+            raise SettingsError(
+                f"without --secret-file the server listens on this machine only, not on {settings.host}: it shows whoever asks what is "
+                "in its roots; give it a secret, or --listen 127.0.0.1:PORT"
+            )
+        self._settings = settings
+        self._pool = WorkerPool(settings.pool)
+        self._budget = SlabBudget(settings.memory_bytes)
+        self._results = Results(self._budget)
+        self._metrics = Metrics()
+        self._connections: set[asyncio.Task] = set()
+        self._busy = 0
+        self._draining = asyncio.Event()
+        self._decoder_id = ""
+        self.url = ""
+        self.ready = asyncio.Event()
+
+    async def run(self) -> None:
+        """Serve until `stop` is called, then finish what is at hand. Raises KeyeError where the server cannot start."""
+        settings = self._settings
+        try:
+            self._decoder_id = await self._pool.start()
+            server = await self._listen()
+            renewing = asyncio.create_task(self._renew_lease())
+            self._log("listening", url=self.url, decoder_id=self._decoder_id, workers=settings.pool.num_workers)
+            self.ready.set()
+            await self._draining.wait()
+            self._log("draining", requests=self._busy)
+            renewing.cancel()
+            if settings.registry is not None:
+                with suppress(OSError):
+                    remove_lease(settings.registry, self.url)
+            server.close()
+            await self._drain()
+        finally:
+            await self._pool.close()
+        self._log("stopped")
+
+    def stop(self) -> None:
+        """Take no new requests and end when those at hand are answered."""
+        self._draining.set()
+
+    async def _listen(self) -> asyncio.Server:
+        settings = self._settings
+        try:
+            server = await asyncio.start_server(self._accept, settings.host, settings.port, limit=MAX_REQUEST_BYTES)
+        except OSError as error:
+            raise KeyeError(f"cannot listen on {settings.host}:{settings.port}: {error.strerror or error}") from error
+        port = server.sockets[0].getsockname()[1]
+        self.url = f"http://{settings.advertise or settings.host}:{port}"
+        return server
+
+    async def _drain(self) -> None:
+        deadline_s = time.monotonic() + self._settings.drain_s
+        while self._busy and time.monotonic() < deadline_s:
+            await asyncio.sleep(0.02)
+        for task in self._connections:
+            task.cancel()
+        await asyncio.gather(*self._connections, return_exceptions=True)
+
+    async def _renew_lease(self) -> None:
+        settings = self._settings
+        while settings.registry is not None:
+            try:
+                await asyncio.to_thread(write_lease, settings.registry, self.url, self._decoder_id, settings.pool.num_workers)
+            except OSError as error:
+                self._log("lease not written", reason=str(error))
+            await asyncio.sleep(RENEW_S)
+
+    async def _accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        task = asyncio.current_task()
+        self._connections.add(task)
+        connection = Connection(reader, writer, MAX_REQUEST_BYTES)
+        try:
+            if len(self._connections) <= MAX_CONNECTIONS:
+                await self._converse(connection)
+        except (Gone, asyncio.CancelledError):
+            self._metrics.add("connections_dropped_total")
+        finally:
+            self._connections.discard(task)
+            await connection.close()
+
+    async def _converse(self, connection: Connection) -> None:
+        while True:
+            try:
+                request = await connection.next_request()
+            except Refused as error:
+                await self._respond(connection, _refusal(error), keep_open=False)
+                await connection.linger()
+                return
+            if request is None:
+                return
+            self._busy += 1
+            try:
+                answer = await self._answer_while_connected(connection, request)
+                await self._respond(connection, answer, keep_open=not self._draining.is_set())
+            finally:
+                self._busy -= 1
+            if not connection.can_go_on:
+                return
+
+    async def _respond(self, connection: Connection, answer: Answer, *, keep_open: bool) -> None:
+        self._metrics.add("responses_total", status=str(answer.status))
+        await connection.respond(answer.status, answer.headers, answer.body, keep_open=keep_open)
+        self._metrics.add("sent_bytes_total", len(answer.body))
+
+    async def _answer_while_connected(self, connection: Connection, request: Request) -> Answer:
+        """Raises Gone where the client leaves before it has an answer; what is done for it alone is cancelled."""
+        answering = asyncio.create_task(self._answer(request))
+        leaving = asyncio.create_task(connection.closed())
+        try:
+            await asyncio.wait({answering, leaving}, return_when=asyncio.FIRST_COMPLETED)
+            if not answering.done():
+                raise Gone
+            return await answering
+        finally:
+            for task in (answering, leaving):
+                task.cancel()
+            await asyncio.gather(answering, leaving, return_exceptions=True)
+
+    async def _answer(self, request: Request) -> Answer:
+        try:
+            if request.method == "GET" and request.path == HEALTH_PATH:
+                return self._health()
+            if request.method == "GET" and request.path == METRICS_PATH:
+                return self._metrics_text()
+            if request.method == "POST" and request.path == DECODE_PATH:
+                return await self._decode(request)
+            raise Refused("not_found", f"expected POST {DECODE_PATH}, GET {HEALTH_PATH} or GET {METRICS_PATH}")
+        except Refused as error:
+            self._metrics.add("refused_total", error=error.code)
+            if error.code not in ("busy", "draining"):
+                self._log("refused", error=error.code, message=str(error))
+            return _refusal(error)
+
+    async def _decode(self, request: Request) -> Answer:
+        began_s = time.perf_counter()
+        if self._settings.secret is not None:
+            auth.verify(self._settings.secret, request.headers.get("authorization", ""), request.path, request.body, time.time())
+        job = parse_job(request.body)
+        if job.decoder_id != self._decoder_id:
+            raise Refused("wrong_decoder", f"this server decodes with {self._decoder_id}, the client with {job.decoder_id}")
+        if self._draining.is_set():
+            raise Refused("draining", "this server is about to stop", retry_after_s=60)
+        result = await self._result(job, request.body.decode())
+        self._metrics.add("decoded_total", kind="image" if job.frames is None else "video")
+        self._metrics.add("decode_seconds_total", time.perf_counter() - began_s)
+        facts = {"decoder_id": self._decoder_id, "crc32": result.crc32, "segments": job.segments}
+        return Answer(200, result.slab, ((RESULT_HEADER, json.dumps(facts)), ("content-type", "application/octet-stream")))
+
+    async def _result(self, job: DecodeJob, text: str) -> Result:
+        def decode(slab: Slab) -> Awaitable[int]:
+            return self._pool.run(text, slab)
+
+        return await self._results.get(job.key, job.result_bytes, decode, keep=job.sha256 is not None)
+
+    def _health(self) -> Answer:
+        status = "draining" if self._draining.is_set() else "ok" if self._pool.num_ready else "no workers"
+        pool, budget = self._pool, self._budget
+        facts = {
+            "status": status, "decoder_id": self._decoder_id, "workers": pool.num_ready, "running": pool.running, "waiting": pool.waiting,
+            "memory_used_bytes": budget.used_bytes, "memory_limit_bytes": budget.limit_bytes,
+        }  # fmt: skip
+        return Answer(200 if status == "ok" else 503, json.dumps(facts).encode(), (("content-type", "application/json"),))
+
+    def _metrics_text(self) -> Answer:
+        pool, results = self._pool, self._results
+        gauges = {
+            "workers": pool.num_ready, "jobs_running": pool.running, "jobs_waiting": pool.waiting, "connections": len(self._connections),
+            "memory_used_bytes": self._budget.used_bytes, "memory_limit_bytes": self._budget.limit_bytes,
+            "cache_bytes": results.kept_bytes, "cache_hits": results.hits, "cache_joined": results.joined,
+            **{f"worker_{name}": count for name, count in sorted(pool.counts.items())},
+        }  # fmt: skip
+        return Answer(200, self._metrics.text(gauges).encode(), (("content-type", "text/plain; version=0.0.4"),))
+
+    def _log(self, event: str, **facts: object) -> None:
+        print(json.dumps({"time": round(time.time(), 3), "event": event, **facts}), file=sys.stderr, flush=True)
+
+
+def _refusal(error: Refused) -> Answer:
+    headers = [("content-type", "application/json")]
+    if error.retry_after_s is not None:
+        headers.append(("retry-after", str(error.retry_after_s)))
+    return Answer(STATUS[error.code], error.to_json(), tuple(headers))

@@ -1,0 +1,224 @@
+"""The front's worker processes: a bounded queue in front of them, limits around them, a new one for each that is lost."""
+
+import asyncio
+import os
+import signal
+import socket
+import sys
+from collections import Counter
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+from megatron_keye.errors import KeyeError
+from megatron_keye.io_server import control
+from megatron_keye.io_server.protocol import Refused
+from megatron_keye.io_server.slabs import Slab
+from megatron_keye.io_server.worker import WorkerLimits
+
+WORKER_COMMAND = (sys.executable, "-m", "megatron_keye.io_server.decode")
+JOBS_PER_WORKER = 5000
+"""A worker is replaced after so many, in case a library loses memory."""
+START_TIMEOUT_S = 120.0
+RESTART_PAUSE_S = 1.0
+CRASHES = frozenset({signal.SIGSEGV, signal.SIGBUS, signal.SIGILL, signal.SIGFPE, signal.SIGABRT, signal.SIGTRAP, signal.SIGSYS})
+"""Signals by which a process dies of what it does; others are sent from outside."""
+
+
+class WorkerDied(Exception):
+    """A worker ended without an answer. `crashed` says that it was its own doing."""
+
+    def __init__(self, returncode: int):
+        super().__init__(f"the worker ended with code {returncode}")
+        self.crashed = returncode >= 0 or -returncode in CRASHES
+
+
+@dataclass(frozen=True, slots=True)
+class PoolSettings:
+    num_workers: int
+    queue_jobs: int
+    """Jobs that may wait for a worker."""
+    roots: tuple[Path, ...]
+    limits: WorkerLimits
+    command: tuple[str, ...] = WORKER_COMMAND
+    """Program that calls `worker.main`."""
+
+
+class Worker:
+    """One process and its socket."""
+
+    def __init__(self, process: asyncio.subprocess.Process, sock: socket.socket):
+        self.process, self.sock = process, sock
+        self.jobs = 0
+        self.decoder_id = ""
+        self._sending = asyncio.Lock()
+
+    @classmethod
+    async def start(cls, settings: PoolSettings) -> "Worker":
+        """Raises KeyeError where the program does not come up."""
+        ours, theirs = socket.socketpair()
+        ours.setblocking(False)
+        limits = settings.limits
+        arguments = (str(theirs.fileno()), str(limits.memory_bytes), str(limits.decode_s), *map(str, settings.roots))
+        environment = os.environ | {"OMP_NUM_THREADS": "1", "MALLOC_ARENA_MAX": "2"}
+        with theirs:
+            process = await asyncio.create_subprocess_exec(
+                *settings.command, *arguments, pass_fds=(theirs.fileno(),), env=environment, stdin=asyncio.subprocess.DEVNULL
+            )
+        worker = cls(process, ours)
+        try:
+            async with asyncio.timeout(START_TIMEOUT_S):
+                worker.decoder_id = (await control.receive_async(ours))["decoder_id"]
+        except BaseException as error:
+            await worker.end()
+            if isinstance(error, control.Closed | TimeoutError):
+                raise KeyeError(f"a worker did not start (code {process.returncode}); what it wrote to stderr says why") from error
+            raise
+        return worker
+
+    async def ask(self, job: str, slab: Slab) -> dict:
+        """The worker's answer to one job. Raises WorkerDied."""
+        self.jobs += 1
+        try:
+            async with self._sending:
+                await control.send_async(self.sock, {"job": job}, slab.fd)
+            return await control.receive_async(self.sock)
+        except control.Closed:
+            raise WorkerDied(await self.process.wait()) from None
+
+    async def cancel(self) -> None:
+        """Ask it to drop the job at hand; it answers all the same."""
+        async with self._sending:
+            with suppress(control.Closed):
+                await control.send_async(self.sock, {"cancel": True})
+
+    async def end(self) -> None:
+        if self.process.returncode is None:
+            self.process.kill()
+        await self.process.wait()
+        self.sock.close()
+
+
+class WorkerPool:
+    """`counts` are events by name, for metrics: jobs, started, crashed, lost, timeout, oom, cancelled."""
+
+    def __init__(self, settings: PoolSettings):
+        self._settings = settings
+        self._idle: asyncio.Queue[Worker] = asyncio.Queue()
+        self._workers: set[Worker] = set()
+        self._tasks: set[asyncio.Task] = set()
+        self.waiting = 0
+        self.running = 0
+        self.counts: Counter[str] = Counter()
+
+    @property
+    def num_ready(self) -> int:
+        return len(self._workers)
+
+    @property
+    def pids(self) -> list[int]:
+        return [worker.process.pid for worker in self._workers]
+
+    async def start(self) -> str:
+        """Start all workers; returns their decoder id. Raises KeyeError where one does not come up."""
+        workers = await asyncio.gather(*(Worker.start(self._settings) for _ in range(self._settings.num_workers)))
+        for worker in workers:
+            self._admit(worker)
+        return workers[0].decoder_id
+
+    async def run(self, job: str, slab: Slab) -> int:
+        """Decode one job into `slab`; returns the checksum of its bytes.
+
+        A job whose worker dies is given to one other. Raises Refused; when cancelled, the worker stops at the next frame.
+        """
+        for is_last in (False, True):
+            worker = await self._take()
+            task = self._background(self._serve(worker, job, slab))
+            try:
+                reply = await asyncio.shield(task)
+            except asyncio.CancelledError:
+                await self._cancel(worker, task)
+                raise
+            except WorkerDied as error:
+                if not is_last:
+                    continue
+                if error.crashed:
+                    raise Refused("worker_crashed", "two workers in turn died of this job") from error
+                raise Refused("worker_lost", "two workers in turn were killed from outside during this job") from error
+            if "error" in reply:
+                raise Refused(reply["error"], reply["message"])
+            return reply["crc32"]
+        raise AssertionError("unreachable")
+
+    async def close(self) -> None:
+        tasks = [*self._tasks]
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        await asyncio.gather(*(worker.end() for worker in self._workers))
+
+    async def _take(self) -> Worker:
+        if self._idle.empty() and self.waiting >= self._settings.queue_jobs:
+            raise Refused("busy", f"{self.waiting} jobs wait for {self._settings.num_workers} workers", retry_after_s=1)
+        self.waiting += 1
+        try:
+            while (worker := await self._idle.get()).process.returncode is not None:  # it died with nothing to do
+                self._lose(worker)
+            return worker
+        finally:
+            self.waiting -= 1
+
+    async def _serve(self, worker: Worker, job: str, slab: Slab) -> dict:
+        """Runs to its end whoever waits for it, so that the worker is idle or replaced afterwards."""
+        self.counts["jobs"] += 1
+        self.running += 1
+        reply: dict = {}
+        try:
+            async with asyncio.timeout(self._settings.limits.decode_s):
+                reply = await worker.ask(job, slab)
+        except TimeoutError:
+            self.counts["timeout"] += 1
+            limit_s = self._settings.limits.decode_s
+            return {"error": "decode_timeout", "message": f"the decode took more than --decode-timeout-s {limit_s:g}"}
+        except WorkerDied as error:
+            self.counts["crashed" if error.crashed else "lost"] += 1
+            raise
+        finally:
+            self.running -= 1
+            self.counts["oom"] += int(reply.get("error") == "oom")
+            if not reply or reply.get("error") == "oom" or worker.jobs >= JOBS_PER_WORKER:
+                self._lose(worker)
+            else:
+                self._idle.put_nowait(worker)
+        return reply
+
+    async def _cancel(self, worker: Worker, task: asyncio.Task) -> None:
+        """Tell the worker that nobody waits for `task` any more."""
+        self.counts["cancelled"] += 1
+        task.add_done_callback(lambda done: done.cancelled() or done.exception())
+        if not task.done():
+            await worker.cancel()
+
+    def _lose(self, worker: Worker) -> None:
+        self._workers.discard(worker)
+        self._background(self._replace(worker))
+
+    async def _replace(self, lost: Worker) -> None:
+        await lost.end()
+        while True:
+            try:
+                self._admit(await Worker.start(self._settings))
+                return
+            except KeyeError:
+                await asyncio.sleep(RESTART_PAUSE_S)
+
+    def _admit(self, worker: Worker) -> None:
+        self.counts["started"] += 1
+        self._workers.add(worker)
+        self._idle.put_nowait(worker)
+
+    def _background(self, coroutine) -> asyncio.Task:
+        task = asyncio.create_task(coroutine)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+        return task

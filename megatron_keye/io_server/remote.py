@@ -1,0 +1,115 @@
+"""Samples whose pixels come from servers, and from the local decoder where no server has them: the same bytes either way."""
+
+import re
+import threading
+from pathlib import Path
+
+import numpy as np
+
+from megatron_keye.config.schema import DataConfig, MediaConfig
+from megatron_keye.contract.media import PATCH_VALUES
+from megatron_keye.data.dataset import Dataset
+from megatron_keye.data.stored import StoredMedium
+from megatron_keye.data.tokenize import TokenizedSample
+from megatron_keye.errors import DataError, SettingsError
+from megatron_keye.io_server.attempts import Timeouts
+from megatron_keye.io_server.auth import load_secret
+from megatron_keye.io_server.client import ClientSettings, MediaClient, Poisonous
+from megatron_keye.io_server.fleet import Fleet
+from megatron_keye.io_server.protocol import DecodeJob, decoder_id
+
+
+class RemoteMedia:
+    """The connection of one replica's leader to its servers, for all of its data sets."""
+
+    def __init__(self, client: MediaClient, own_decoder_id: str, decode_threads: int):
+        self.client, self.decoder_id = client, own_decoder_id
+        # Threads that wait for servers cost nothing; those that decode here after all are kept to the setting.
+        self.decoding = threading.Semaphore(decode_threads)
+
+    @property
+    def threads(self) -> int:
+        """Samples that are worth loading at a time."""
+        return self.client.settings.requests
+
+    def summary(self) -> str:
+        """One line for people about where pixels came from so far."""
+        counts = self.client.counts
+        text = ", ".join(f"{count} {name}" for name, count in sorted(counts.values.items())) or "none asked for"
+        return f"media from servers: {text}" + (f"; the last failure: {counts.last_failure}" if counts.last_failure else "")
+
+    def close(self) -> None:
+        self.client.close()
+
+
+class RemotePixels:
+    """`dataset` with its pixels from servers: what a loader reads."""
+
+    def __init__(self, dataset: Dataset, media: RemoteMedia):
+        self._dataset, self._media = dataset, media
+
+    def sample_id(self, sample: int) -> str:
+        return self._dataset.sample_id(sample)
+
+    def tokens(self, sample: int) -> TokenizedSample:
+        return self._dataset.tokens(sample)
+
+    def pixels(self, sample: int) -> list[np.ndarray]:
+        """As `Dataset.pixels`, DataError included: a server's word that a medium is damaged is confirmed here."""
+        return [patches for medium in self._dataset.stored_media(sample) for patches in self._patches(medium)]
+
+    def _patches(self, medium: StoredMedium) -> list[np.ndarray]:
+        media = self._media
+        job = job_of(medium, media.decoder_id)
+        try:
+            answer = media.client.fetch(job)
+        except Poisonous as error:
+            raise DataError(f"{medium.where}: {error}; it is not decoded here either: drop it, or repair it and index again") from error
+        if answer is None:
+            media.client.counts.add("local")
+            with media.decoding:
+                return medium.patches()
+        return np.split(answer.reshape(-1, PATCH_VALUES), np.cumsum(job.segments)[:-1])
+
+
+def job_of(medium: StoredMedium, own_decoder_id: str) -> DecodeJob:
+    """What to ask a server for."""
+    item, frames = medium.item, medium.item.frames
+    is_slow_fast = frames is not None and medium.variant == "keye_vl_1_5"
+    return DecodeJob(
+        path=str(medium.shard.resolve()),
+        offset=medium.span.offset,
+        num_bytes=medium.span.num_bytes,
+        sha256=medium.media.sha256,
+        variant=medium.variant,
+        height=item.height,
+        width=item.width,
+        sizes=medium.resolved.sizes,
+        frames=None if frames is None else tuple(frames.numbers.tolist()),
+        fast=tuple(bool(tag) for tag in frames.tags) if is_slow_fast else (),
+        decoder_id=own_decoder_id,
+    )
+
+
+def connect(data: DataConfig) -> RemoteMedia | None:
+    """The servers that the settings name, or None where they name none. Raises SettingsError for what is no URL, and a bad secret file."""
+    settings = data.media
+    if not settings.servers and settings.registry is None:
+        return None
+    strange = [url for url in settings.servers if not re.fullmatch(r"http://[^/\s]+:\d+", url)]
+    if strange:
+        raise SettingsError(f"data.media.servers has {', '.join(strange)}: expected http://HOST:PORT")
+    own_decoder_id = decoder_id()
+    fleet = Fleet(settings.servers, None if settings.registry is None else Path(settings.registry), own_decoder_id)
+    return RemoteMedia(MediaClient(fleet, _client_settings(settings)), own_decoder_id, data.decode_threads)
+
+
+def _client_settings(settings: MediaConfig) -> ClientSettings:
+    return ClientSettings(
+        deadline_s=settings.deadline_s,
+        hedge_after_s=settings.hedge_after_s,
+        requests=settings.requests,
+        in_flight_bytes=settings.in_flight_bytes,
+        timeouts=Timeouts(settings.connect_timeout_s, settings.stall_timeout_s),
+        secret=None if settings.secret_file is None else load_secret(Path(settings.secret_file)),
+    )

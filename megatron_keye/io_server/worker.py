@@ -1,0 +1,124 @@
+"""A worker process: takes one job at a time from the front, writes its patches into the memory file that came with it.
+
+It may be killed at any moment, by its own limits or by the front, and is never trusted to answer. Nothing here needs torch;
+`decode`, which does, is handed in.
+"""
+
+import hashlib
+import os
+import resource
+import select
+import signal
+import socket
+import sys
+import zlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from megatron_keye.errors import DataError
+from megatron_keye.io_server import control
+from megatron_keye.io_server.protocol import DecodeJob, Refused, decoder_id, parse_job
+from megatron_keye.io_server.roots import Roots
+
+Decode = Callable[[DecodeJob, bytes], Iterator[np.ndarray]]
+"""Patches of a job from its bytes, uint8 [n, 588] at a time, in order."""
+ALARM_GRACE_S = 5
+"""A worker whose front is gone ends itself this long after a job's time limit."""
+
+
+class Cancelled(Exception):
+    """The front no longer wants the answer."""
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerLimits:
+    """`memory_bytes` is address space beyond what the worker takes when it starts."""
+
+    memory_bytes: int
+    decode_s: float
+
+
+def serve(sock: socket.socket, roots: Roots, limits: WorkerLimits, decode: Decode) -> None:
+    """Answer jobs until the front closes its end. Everything that `decode` needs must have been imported."""
+    _limit_memory(limits.memory_bytes)
+    control.send(sock, {"ready": True, "decoder_id": decoder_id()})
+    while True:
+        try:
+            message, fd = control.receive(sock)
+        except control.Closed:
+            return
+        if fd is None:  # a cancellation that came too late
+            continue
+        signal.alarm(int(limits.decode_s) + ALARM_GRACE_S)
+        reply = _answer(sock, roots, message, fd, decode)
+        signal.alarm(0)
+        control.send(sock, reply)
+        if reply.get("error") == "oom":  # what is left of the heap may be in pieces
+            return
+
+
+def _answer(sock: socket.socket, roots: Roots, message: dict[str, Any], fd: int, decode: Decode) -> dict[str, Any]:
+    try:
+        job = parse_job(message["job"].encode())
+        crc32, num_bytes = 0, 0
+        with open(fd, "wb") as slab:
+            slab.seek(0)  # the position is shared with whoever had the file before
+            for patches in decode(job, _read(roots, job)):
+                if select.select([sock], [], [], 0)[0]:
+                    raise Cancelled
+                slab.write(patches)
+                crc32, num_bytes = zlib.crc32(patches, crc32), num_bytes + patches.nbytes
+        if num_bytes != job.result_bytes:
+            raise DataError(f"found {num_bytes} bytes of pixels: expected {job.result_bytes}")
+    except Cancelled:
+        return {"error": "worker_lost", "message": "cancelled"}
+    except Refused as error:
+        return {"error": error.code, "message": str(error)}
+    except Exception as error:
+        return {"error": _code(error), "message": f"{type(error).__name__}: {error}"[:4000]}
+    return {"crc32": crc32}
+
+
+def _read(roots: Roots, job: DecodeJob) -> bytes:
+    """The encoded bytes. Raises Refused as `Roots.open` does, and DataError where they are not those of the job."""
+    with roots.open(job.path) as file:
+        size = os.fstat(file.fileno()).st_size
+        if size < job.offset + job.num_bytes:
+            raise DataError(f"{job.path} has {size} bytes: expected {job.num_bytes} at {job.offset}; it is truncated, or another file")
+        file.seek(job.offset)
+        blob = file.read(job.num_bytes)
+    if job.sha256 is not None and hashlib.sha256(blob).hexdigest() != job.sha256:
+        raise DataError(f"{job.path}: {job.num_bytes} bytes at {job.offset} do not have the sha256 of the job: damaged, or replaced")
+    return blob
+
+
+def _code(error: BaseException) -> str:
+    """`oom` where memory ran out anywhere below, which libraries report as errors of their own."""
+    cause: BaseException | None = error
+    while cause is not None:
+        # torch's allocator raises a RuntimeError that only its text tells apart.
+        if isinstance(cause, MemoryError) or "not enough memory" in str(cause):
+            return "oom"
+        cause = cause.__cause__ or cause.__context__
+    return "corrupt" if isinstance(error, DataError) else "internal"
+
+
+def _limit_memory(memory_bytes: int) -> None:
+    pages = int(Path("/proc/self/statm").read_text().split()[0])
+    limit = pages * resource.getpagesize() + memory_bytes
+    resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+
+
+def main(decode: Decode) -> int:
+    """`argv`: descriptor of the socket, memory limit in bytes, time limit in seconds, roots."""
+    fd, memory_bytes, decode_s, *roots = sys.argv[1:]
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C in a terminal is for the front, which ends its workers
+    with socket.socket(fileno=int(fd)) as sock:
+        os.set_inheritable(sock.fileno(), False)
+        serve(sock, Roots([Path(root) for root in roots]), WorkerLimits(int(memory_bytes), float(decode_s)), decode)
+    return 0

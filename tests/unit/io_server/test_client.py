@@ -1,0 +1,202 @@
+"""The client: whatever happens to servers, the bytes are right or the caller is told to decode by itself."""
+
+import socket
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+
+from megatron_keye.io_server.client import ByteCredits, HedgeClock, Poisonous
+from tests.unit.io_server.serving import as_bytes, client_of, clip_job, expected, job_for, post, wait_until
+
+
+def first_choice(client, job):
+    return client._fleet.ranked(job.key)[0].url
+
+
+def in_order(job, servers):
+    """Servers from first to last choice for `job`."""
+    urls = [server.url for server in client_of(*(server.url for server in servers))._fleet.ranked(job.key)]
+    return sorted(servers, key=lambda server: urls.index(server.url))
+
+
+@pytest.fixture
+def listener():
+    """A socket that accepts connections in its backlog and never answers; its URL."""
+    with socket.create_server(("127.0.0.1", 0)) as sock:
+        yield f"http://127.0.0.1:{sock.getsockname()[1]}"
+
+
+def test_results_are_the_servers_bytes_whatever_their_number_at_a_time(start_server, write):
+    server = start_server(num_workers=2, queue_jobs=32)
+    client = client_of(server.url, requests=8)
+    paths = [write(f"picture {number}") for number in range(24)]
+    with ThreadPoolExecutor(8) as threads:
+        answers = list(threads.map(lambda path: client.fetch(clip_job(path, 1 + len(path.name) % 3)), paths))
+    for path, answer in zip(paths, answers, strict=True):
+        assert as_bytes(answer) == expected(clip_job(path, 1 + len(path.name) % 3), path)
+    assert client.counts.values == {"remote": 24}
+
+
+def test_without_any_server_the_caller_decodes(write):
+    client = client_of("http://127.0.0.1:9", "http://127.0.0.1:10")
+    began_s = time.monotonic()
+    for number in range(5):
+        assert client.fetch(job_for(write(f"picture {number}"))) is None
+    assert time.monotonic() - began_s < 2.0
+    assert client.counts.values["failed"] <= 6  # then they are left alone
+    assert "Connection refused" in client.counts.last_failure
+
+
+def test_a_server_that_is_gone_is_made_up_for_by_another(start_server, write):
+    path = write("picture")
+    job = job_for(path)
+    first, second = in_order(job, [start_server(), start_server()])
+    client = client_of(first.url, second.url)
+    assert as_bytes(client.fetch(job)) == expected(job, path)
+    first.close()
+    assert as_bytes(client.fetch(job)) == expected(job, path)
+    assert client.counts.values == {"remote": 2, "failed": 1, "retried": 1}
+
+
+def test_a_restarted_server_is_used_again_by_a_client_that_kept_its_connections(start_server, write):
+    path = write("picture")
+    job = job_for(path)
+    server = start_server()
+    client = client_of(server.url)
+    assert as_bytes(client.fetch(job)) == expected(job, path)
+    port = int(server.url.rpartition(":")[2])
+    server.close()
+    start_server(port=port)
+    assert as_bytes(client.fetch(job)) == expected(job, path)
+    assert client.counts.values == {"remote": 2}
+
+
+def test_a_busy_server_is_waited_for(start_server, write):
+    server = start_server(num_workers=1, queue_jobs=1)
+    client = client_of(server.url, requests=4)
+    paths = [write(f"sleep 0.1 {number}") for number in range(6)]
+    with ThreadPoolExecutor(4) as threads:
+        answers = list(threads.map(lambda path: client.fetch(job_for(path)), paths))
+    assert [as_bytes(a) for a in answers] == [expected(job_for(path), path) for path in paths]
+    assert client.counts.values["remote"] == 6
+    assert client.counts.values["busy"] > 0
+
+
+def test_a_slow_server_is_hedged_and_the_loser_stops(start_server, write):
+    path = write("sleep 0.05")
+    job = clip_job(path, 40)
+    first, second = in_order(job, [start_server(), start_server()])
+    post(second.url, job)  # which now has the answer, as if it were the faster machine
+    client = client_of(first.url, second.url, hedge_after_s=0.2)
+    answer = client.fetch(job)
+    assert as_bytes(answer) == expected(job, path)
+    assert client.counts.values == {"remote": 1, "hedged": 1, "hedge_won": 1}
+    wait_until(lambda: first.pool.counts["cancelled"] == 1 and not first.pool.running)
+
+
+def test_a_server_that_hangs_is_hedged_then_left_alone(start_server, listener, write):
+    server = start_server()
+    client = client_of(listener, server.url, hedge_after_s=0.1)
+    path = next(p for p in (write(f"picture {n}") for n in range(50)) if first_choice(client, job_for(p)) == listener)
+    assert as_bytes(client.fetch(job_for(path))) == expected(job_for(path), path)
+    assert client.counts.values["hedge_won"] == 1
+
+
+def test_a_hanging_server_alone_costs_the_deadline_until_it_is_left_alone(listener, write):
+    client = client_of(listener, deadline_s=0.3)
+    job = job_for(write("picture"))
+    for _ in range(3):
+        assert client.fetch(job) is None
+    began_s = time.monotonic()
+    assert client.fetch(job) is None
+    assert time.monotonic() - began_s < 0.2
+
+
+def test_a_server_with_another_decoder_is_not_used(start_server, write, monkeypatch):
+    server = start_server()
+    client = client_of(server.url)
+    job = job_for(write("picture"), decoder_id="mine")
+    assert client.fetch(job) is None
+    assert "wrong_decoder" in client.counts.last_failure
+    # Nor one that does not look at what it was asked.
+    server.front._decoder_id = "mine"
+    assert client_of(server.url).fetch(job) is not None
+    monkeypatch.setattr("megatron_keye.io_server.front.json.dumps", lambda facts: '{"decoder_id": "x", "segments": [4], "crc32": 0}')
+    liar = client_of(server.url)
+    assert liar.fetch(job) is None
+    assert "decoded with x, expected mine" in liar.counts.last_failure
+
+
+def test_changed_pixels_are_noticed(start_server, write, monkeypatch):
+    server = start_server()
+    job = job_for(write("picture"))
+    monkeypatch.setattr("megatron_keye.io_server.attempts.zlib.crc32", lambda data: 1)
+    client = client_of(server.url)
+    assert client.fetch(job) is None
+    assert "checksum" in client.counts.last_failure
+
+
+def test_a_damaged_medium_is_asked_for_once(start_server, write):
+    job = job_for(write("corrupt"))
+    client = client_of(start_server().url, start_server().url)
+    assert client.fetch(job) is None
+    assert client.counts.values == {"failed": 1, "confirmed_here": 1}
+
+
+def test_a_medium_that_kills_decoders_is_kept_from_the_caller(start_server, write):
+    job = job_for(write("crash"))
+    with pytest.raises(Poisonous, match="2 servers"):
+        client_of(start_server().url, start_server().url).fetch(job)
+    # One server's word is not enough.
+    assert client_of(start_server().url).fetch(job) is None
+
+
+def test_byte_credits_bound_what_is_on_its_way_and_let_one_large_result_through():
+    credits = ByteCredits(100)
+    held, most = 0, 0
+    lock = threading.Lock()
+
+    def work(num_bytes):
+        nonlocal held, most
+        with credits.hold(num_bytes):
+            with lock:
+                held += num_bytes
+                most = max(most, held)
+                assert held <= 100 or held == num_bytes
+            time.sleep(0.01)
+            with lock:
+                held -= num_bytes
+
+    with ThreadPoolExecutor(8) as threads:
+        list(threads.map(work, [40, 60, 30, 250, 10, 90, 50, 50, 70, 20]))
+    assert held == 0
+    assert most == 250
+
+
+def test_hedging_waits_for_what_is_usual_and_stays_within_its_share(write):
+    job = job_for(write("picture"))
+    clock = HedgeClock(0.5)
+    assert clock.delay_s(job) == 0.5
+    for _ in range(20):
+        clock.record(job, 4.0)
+    assert clock.delay_s(job) == pytest.approx(4.0)
+    larger = job_for(write("picture"), sizes=((56, 28),))
+    assert clock.delay_s(larger) == pytest.approx(8.0)
+    assert sum(clock.may_hedge() for _ in range(20)) == 3  # 1 to begin with, and a tenth of 20
+
+
+def test_a_closed_client_ends_its_waits(start_server, write):
+    server = start_server(num_workers=1, queue_jobs=0)
+    slow = clip_job(write("sleep 0.2"), 10)
+    with ThreadPoolExecutor(1) as threads:
+        blocking = threads.submit(post, server.url, slow)
+        wait_until(lambda: server.pool.running)
+        client = client_of(server.url)
+        waiting = threading.Timer(0.2, client.close)
+        waiting.start()
+        began_s = time.monotonic()
+        assert client.fetch(job_for(write("picture"))) is None
+        assert time.monotonic() - began_s < 1.0
+        assert blocking.result()[0] == 200

@@ -1,0 +1,357 @@
+"""The server: what it answers, and what may go wrong without costing more than the request at hand."""
+
+import http.client
+import json
+import os
+import signal
+import socket
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from urllib.parse import urlsplit
+
+import pytest
+
+from megatron_keye.errors import SettingsError
+from megatron_keye.io_server import auth
+from megatron_keye.io_server.protocol import DECODE_PATH, MAX_REQUEST_BYTES, RESULT_HEADER
+from tests.unit.io_server.serving import MIB, RunningServer, clip_job, error_of, expected, job_for, post, request, wait_until
+
+SECRET = b"0123456789abcdef0123456789abcdef"
+
+
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory):
+    """A server for requests that leave it as it was, and its root."""
+    root = tmp_path_factory.mktemp("plain")
+    server = RunningServer(root)
+    yield server, root
+    server.close()
+
+
+@pytest.fixture(scope="module")
+def impatient(tmp_path_factory):
+    """A server that gives a decode one second, and its root."""
+    root = tmp_path_factory.mktemp("impatient")
+    server = RunningServer(root, decode_s=1.0)
+    yield server, root
+    server.close()
+
+
+def is_well(server, path) -> bool:
+    answer = post(server.url, job := job_for(path))
+    return answer[0] == 200 and answer[2] == expected(job, path)
+
+
+def test_an_answer_is_the_patches_and_a_header_that_describes_them(plain):
+    server, root = plain
+    (path := root / "a").write_bytes(b"some picture")
+    job = clip_job(path, 3)
+    status, headers, body = post(server.url, job)
+    assert status == 200
+    assert body == expected(job, path)
+    facts = json.loads(headers[RESULT_HEADER])
+    assert facts["segments"] == [4] * 3
+    assert facts["decoder_id"] == job.decoder_id
+
+
+def test_a_span_of_a_file_is_read(plain):
+    server, root = plain
+    (whole := root / "shard").write_bytes(b"before" + b"medium" + b"after")
+    (alone := root / "alone").write_bytes(b"medium")
+    job = job_for(alone, path=str(whole), offset=6)
+    assert post(server.url, job)[2] == expected(job, alone)
+
+
+def test_one_connection_takes_request_after_request(plain):
+    server, root = plain
+    (path := root / "b").write_bytes(b"again")
+    job = job_for(path)
+    address = urlsplit(server.url)
+    connection = http.client.HTTPConnection(address.hostname, address.port, timeout=10)
+    for _ in range(3):
+        connection.request("POST", DECODE_PATH, job.model_dump_json())
+        assert connection.getresponse().read() == expected(job, path)
+    first_socket = connection.sock
+    assert first_socket is not None
+    connection.close()
+
+
+BAD_JOBS = {
+    "a span behind the end": (dict(offset=1 << 40), 422, "corrupt"),
+    "a span longer than the file": (dict(num_bytes=1 << 50), 422, "corrupt"),
+    "another checksum": (dict(sha256="0" * 64), 422, "corrupt"),
+    "no such file": (dict(path="{root}/none"), 404, "missing"),
+    "a file outside": (dict(path="/etc/passwd"), 403, "denied"),
+    "dots": (dict(path="{root}/../secret"), 403, "denied"),
+    "a link that leads outside": (dict(path="{root}/link"), 403, "denied"),
+    "a link to a folder outside": (dict(path="{root}/folder/secret"), 403, "denied"),
+    "a folder": (dict(path="{root}"), 403, "denied"),
+    "a pipe": (dict(path="{root}/pipe"), 403, "denied"),
+    "a relative path": (dict(path="c"), 403, "denied"),
+    "a null byte": (dict(path="/etc/passwd\0{root}"), 403, "denied"),
+    "another decoder": (dict(decoder_id="other"), 409, "wrong_decoder"),
+    "more than fits": (dict(sizes=((28 * 400, 28 * 400),)), 413, "too_large"),
+}
+
+
+@pytest.mark.parametrize(("changes", "status", "code"), BAD_JOBS.values(), ids=BAD_JOBS)
+def test_a_bad_job_gets_a_typed_error(plain, changes, status, code):
+    server, root = plain
+    (path := root / "c").write_bytes(b"fine")
+    (root.parent / "secret").write_bytes(b"fine")
+    if not (root / "link").exists():
+        (root / "link").symlink_to(root.parent / "secret")
+        (root / "folder").symlink_to(root.parent)
+        os.mkfifo(root / "pipe")
+    changes = {name: value.format(root=root) if isinstance(value, str) else value for name, value in changes.items()}
+    assert error_of(post(server.url, job_for(path, **changes))) == (status, code)
+    assert is_well(server, path)
+
+
+def test_a_link_inside_the_roots_is_followed(plain):
+    server, root = plain
+    (path := root / "target").write_bytes(b"fine")
+    if not (root / "inner").exists():
+        (root / "inner").symlink_to(path)
+    job = job_for(path, path=str(root / "inner"))
+    assert post(server.url, job)[2] == expected(job, path)
+
+
+BAD_BODIES = {
+    "nothing": b"",
+    "no JSON": b"decode, please",
+    "not UTF-8": b"\xff\xfe",
+    "a list": b"[]",
+    "deeply nested": b"[" * 100_000,
+    "another type": b'{"path": 5}',
+}
+
+
+@pytest.mark.parametrize("body", BAD_BODIES.values(), ids=BAD_BODIES)
+def test_a_body_that_is_no_job_is_refused(plain, body):
+    assert error_of(request(plain[0].url, body)) == (400, "bad_request")
+
+
+BAD_FIELDS = {
+    "no such field": dict(command="rm"),
+    "sizes that are no multiples": dict(sizes=[[30, 30]]),
+    "a size of nothing": dict(sizes=[[0, 28]]),
+    "frames backwards": dict(frames=[3, 2], sizes=[[28, 28], [28, 28]], fast=[False, False]),
+    "tags that do not fit": dict(frames=[1, 2], sizes=[[28, 28], [28, 28]], fast=[True]),
+    "one size for slow and fast": dict(frames=[1], fast=[True]),
+    "a number as text": dict(offset="0"),
+    "a negative offset": dict(offset=-1),
+}
+
+
+@pytest.mark.parametrize("fields", BAD_FIELDS.values(), ids=BAD_FIELDS)
+def test_a_field_that_makes_no_sense_is_refused(plain, fields):
+    server, root = plain
+    (path := root / "d").write_bytes(b"fine")
+    body = json.dumps(json.loads(job_for(path).model_dump_json()) | fields).encode()
+    assert error_of(request(server.url, body)) == (400, "bad_request")
+
+
+def test_a_giant_request_is_refused_and_other_paths_are_not_found(plain):
+    server, _ = plain
+    assert error_of(request(server.url, b" " * (MAX_REQUEST_BYTES + 1))) == (413, "too_large")
+    assert error_of(request(server.url, b"", path="/etc/passwd")) == (404, "not_found")
+    assert error_of(request(server.url, b"", method="GET")) == (404, "not_found")
+
+
+@pytest.mark.parametrize("data", [b"nonsense\r\n\r\n", b"POST " + b"a" * 40_000, b"GET / HTTP/1.1\r\nContent-Length: x\r\n\r\n"])
+def test_what_is_not_http_gets_400_and_the_connection_ends(plain, data):
+    address = urlsplit(plain[0].url)
+    with socket.create_connection((address.hostname, address.port), timeout=10) as sock:
+        sock.sendall(data)
+        received = b""
+        while part := sock.recv(4096):
+            received += part
+    assert received.startswith(b"HTTP/1.1 400")
+
+
+def test_a_truncated_body_gets_400(plain):
+    server, root = plain
+    address = urlsplit(server.url)
+    with socket.create_connection((address.hostname, address.port), timeout=10) as sock:
+        sock.sendall(b"POST /v1/decode HTTP/1.1\r\nHost: a\r\nContent-Length: 100\r\n\r\n{")
+        sock.shutdown(socket.SHUT_WR)
+        assert sock.recv(4096).startswith(b"HTTP/1.1 400")
+    (path := root / "e").write_bytes(b"fine")
+    assert is_well(server, path)
+
+
+def test_health_and_metrics_tell_what_happened(plain):
+    server, root = plain
+    (path := root / "f").write_bytes(b"counted")
+    assert is_well(server, path)
+    status, _, body = request(server.url, b"", method="GET", path="/healthz")
+    facts = json.loads(body)
+    assert (status, facts["status"], facts["workers"]) == (200, "ok", 1)
+    lines = request(server.url, b"", method="GET", path="/metrics")[2].decode().splitlines()
+    values = dict(line.rsplit(" ", 1) for line in lines if not line.startswith("#"))
+    assert float(values['keye_io_decoded_total{kind="image"}']) >= 1
+    assert float(values["keye_io_memory_used_bytes"]) >= 4 * 588
+
+
+@pytest.mark.parametrize(
+    ("content", "status", "code"),
+    [
+        ("crash", 422, "worker_crashed"),
+        ("killed", 503, "worker_lost"),
+        ("memory", 422, "oom"),
+        ("hang", 504, "decode_timeout"),
+        ("corrupt", 422, "corrupt"),
+        ("bug", 500, "internal"),
+        ("short", 422, "corrupt"),
+    ],
+)
+def test_what_goes_wrong_costs_one_request(impatient, content, status, code):
+    server, root = impatient
+    (bad := root / content).write_bytes(content.encode())
+    (good := root / "good").write_bytes(f"not {content}".encode())
+    assert error_of(post(server.url, job_for(bad))) == (status, code)
+    assert is_well(server, good)
+    assert server.pool.num_ready == 1
+
+
+def test_a_worker_that_dies_once_is_replaced_within_the_request(start_server, write, tmp_path):
+    server = start_server(num_workers=2)
+    path = write(f"crash_once {tmp_path / 'marker'}", name="once")
+    job = clip_job(path, 4)
+    assert post(server.url, job)[2] == expected(job, path)
+    wait_until(lambda: server.pool.num_ready == 2)
+
+
+def test_a_worker_killed_in_a_request_and_one_killed_while_idle(start_server, write):
+    server = start_server(num_workers=1)
+    slow = write("sleep 0.2")
+    job = clip_job(slow, 4)
+    with ThreadPoolExecutor(1) as threads:
+        answer = threads.submit(post, server.url, job)
+        wait_until(lambda: server.pool.running)
+        os.kill(server.pool.pids[0], signal.SIGKILL)
+        assert answer.result()[2] == expected(job, slow)
+    os.kill(server.pool.pids[0], signal.SIGKILL)
+    assert is_well(server, write("good"))
+
+
+def test_a_full_queue_says_when_to_come_back_and_nothing_is_lost(start_server, write):
+    server = start_server(num_workers=1, queue_jobs=2)
+    paths = [write(f"sleep 0.3 {number}") for number in range(6)]
+    with ThreadPoolExecutor(6) as threads:
+        answers = list(threads.map(lambda path: post(server.url, job_for(path)), paths))
+    busy = [answer for answer in answers if answer[0] == 503]
+    assert len(busy) == 3
+    assert all(error_of(answer)[1] == "busy" and answer[1]["retry-after"] == "1" for answer in busy)
+    assert sum(answer[0] == 200 for answer in answers) == 3
+    assert is_well(server, paths[0])
+
+
+def test_results_take_no_more_memory_than_allowed(start_server, write):
+    num_bytes = job_for(write("x")).result_bytes
+    server = start_server(num_workers=2, memory_bytes=2 * num_bytes)
+    for number in range(5):
+        assert is_well(server, write(f"kept {number}"))
+        assert server.front._budget.used_bytes <= 2 * num_bytes
+    slow = [write(f"sleep 0.4 {number}") for number in range(2)]
+    with ThreadPoolExecutor(2) as threads:
+        answers = threads.map(lambda path: post(server.url, job_for(path))[0], slow)
+        wait_until(lambda: server.pool.running == 2)
+        assert error_of(post(server.url, job_for(write("third")))) == (503, "busy")
+        assert list(answers) == [200, 200]
+
+
+def test_equal_jobs_are_decoded_once_and_kept(start_server, write):
+    server = start_server(num_workers=2)
+    path = write("sleep 0.3")
+    with ThreadPoolExecutor(4) as threads:
+        answers = list(threads.map(lambda _: post(server.url, job_for(path)), range(4)))
+    assert {answer[2] for answer in answers} == {expected(job_for(path), path)}
+    assert is_well(server, path)
+    assert server.pool.counts["jobs"] == 1
+
+
+def test_what_has_no_checksum_is_not_kept(start_server, write):
+    server = start_server()
+    path = write("before")
+    job = job_for(path, sha256=None)
+    assert post(server.url, job)[2] == expected(job, path)
+    path.write_bytes(b"after!")
+    assert post(server.url, job)[2] == expected(job, path)
+
+
+def test_a_client_that_vanishes_frees_the_worker(start_server, write):
+    server = start_server(num_workers=1, decode_s=30.0)
+    slow = write("sleep 0.1")
+    body = clip_job(slow, 200).model_dump_json()
+    address = urlsplit(server.url)
+    connection = http.client.HTTPConnection(address.hostname, address.port)
+    connection.request("POST", DECODE_PATH, body)
+    wait_until(lambda: server.pool.running)
+    connection.close()
+    wait_until(lambda: not server.pool.running, timeout_s=3.0)
+    assert server.pool.counts["cancelled"] == 1
+    assert is_well(server, write("good"))
+    assert server.pool.counts["started"] == 1
+
+
+def test_a_reader_that_stops_is_cut_off(start_server, write, monkeypatch):
+    monkeypatch.setattr("megatron_keye.io_server.connection.PIECE_S", 0.5)
+    server = start_server()
+    job = job_for(write("big"), sizes=((28 * 120, 28 * 120),))
+    assert job.result_bytes > 30 * MIB
+    address = urlsplit(server.url)
+    with socket.create_connection((address.hostname, address.port), timeout=10) as sock:
+        body = job.model_dump_json().encode()
+        sock.sendall(b"POST /v1/decode HTTP/1.1\r\nHost: a\r\nContent-Length: %d\r\n\r\n" % len(body) + body)
+        assert sock.recv(1) == b"H"
+        wait_until(lambda: not server.front._connections, timeout_s=5.0)
+
+
+@pytest.mark.parametrize("case", ["none", "other secret", "other body", "expired", "from the future", "nonsense"])
+def test_a_token_must_be_right(start_server, write, case):
+    server = start_server(secret=SECRET)
+    body = job_for(write("good")).model_dump_json().encode()
+    now_s = time.time()
+    header = {
+        "none": None,
+        "other secret": auth.sign(b"another secret, as long", DECODE_PATH, body, now_s),
+        "other body": auth.sign(SECRET, DECODE_PATH, body + b" ", now_s),
+        "expired": auth.sign(SECRET, DECODE_PATH, body, now_s - 2 * auth.WINDOW_S),
+        "from the future": auth.sign(SECRET, DECODE_PATH, body, now_s + 2 * auth.WINDOW_S),
+        "nonsense": "Keye-HMAC-SHA256 \xb2 \xe4",
+    }[case]
+    headers = {} if header is None else {"Authorization": header}
+    assert error_of(request(server.url, body, headers)) == (403, "denied")
+    assert request(server.url, body, {"Authorization": auth.sign(SECRET, DECODE_PATH, body, now_s)})[0] == 200
+
+
+def test_a_server_without_a_secret_stays_on_this_machine(tmp_path):
+    with pytest.raises(SettingsError, match="without --secret-file"):
+        RunningServer(tmp_path, host="0.0.0.0")
+
+
+def test_a_request_to_stop_finishes_what_is_at_hand(start_server, write, tmp_path):
+    server = start_server(num_workers=1, registry=tmp_path / "registry")
+    slow = write("sleep 0.2")
+    job = clip_job(slow, 4)
+    wait_until(lambda: list((tmp_path / "registry").glob("*.json")))
+    address = urlsplit(server.url)
+    kept_open = http.client.HTTPConnection(address.hostname, address.port, timeout=10)
+    kept_open.request("GET", "/healthz")
+    kept_open.getresponse().read()
+    with ThreadPoolExecutor(1) as threads:
+        answer = threads.submit(post, server.url, job)
+        wait_until(lambda: server.pool.running)
+        server.ask_to_stop()
+        wait_until(server.front._draining.is_set)
+        kept_open.request("POST", DECODE_PATH, job_for(slow).model_dump_json())
+        response = kept_open.getresponse()
+        assert (response.status, json.loads(response.read())["error"]) == (503, "draining")
+        assert answer.result()[2] == expected(job, slow)
+    kept_open.close()
+    server.close()
+    assert not list((tmp_path / "registry").glob("*.json"))
+    assert not any(thread.name.startswith("asyncio") and not thread.daemon for thread in threading.enumerate())

@@ -1,0 +1,145 @@
+"""Pixels from a real server against pixels decoded here: the same bytes, or the same error, whatever happens in between."""
+
+
+import numpy as np
+import pytest
+
+from megatron_keye.config.load import load_config
+from megatron_keye.config.schema import DataConfig, MediaConfig
+from megatron_keye.data.dataset import Dataset
+from megatron_keye.data.media.video import DECODER_ID
+from megatron_keye.errors import DataError, SettingsError
+from megatron_keye.io_server.remote import RemotePixels, connect, job_of
+from tests.unit.io_server.serving import error_of, post
+
+VARIANTS = ("keye_vl_1_5", "keye_vl_preview")
+
+
+def data_config(folder, **media) -> DataConfig:
+    given = load_config("debug").data
+    return given.model_copy(update={"train": str(folder), "seq_length_tokens": 8192, "media": MediaConfig(**media)})
+
+
+def open_set(folder, tokenizer, variant, **media):
+    config = data_config(folder, **media)
+    return Dataset.open(folder, tokenizer, variant, config), connect(config)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_remote_pixels_are_the_local_ones(indexed, tokenizer, real, variant):
+    dataset, media = open_set(indexed[variant], tokenizer, variant, servers=(real.url,))
+    remote = RemotePixels(dataset, media)
+    kinds = set()
+    for sample in range(len(dataset)):
+        here, there = dataset.pixels(sample), remote.pixels(sample)
+        assert [patches.shape for patches in there] == [patches.shape for patches in here]
+        assert all(patches.dtype == np.uint8 for patches in there)
+        assert all(np.array_equal(a, b) for a, b in zip(here, there, strict=True))
+        kinds |= {layout.kind for layout in dataset.layouts(sample)}
+        assert remote.sample_id(sample) == dataset.sample_id(sample)
+        assert np.array_equal(remote.tokens(sample).token_ids, dataset.tokens(sample).token_ids)
+    assert kinds == {"image", "video"}
+    assert media.client.counts.values.keys() == {"remote"}
+    assert "remote" in media.summary()
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_segments_of_a_job_are_those_of_the_plan(indexed, tokenizer, variant):
+    dataset, _ = open_set(indexed[variant], tokenizer, variant)
+    for sample in range(len(dataset)):
+        jobs = [job_of(medium, "id") for medium in dataset.stored_media(sample)]
+        grids = [segment.grid.num_patches for segment in dataset.shape(sample).segments]
+        assert [count for job in jobs for count in job.segments] == grids
+
+
+def test_without_servers_in_the_settings_there_is_no_client(tmp_path):
+    assert connect(data_config(tmp_path)) is None
+
+
+def test_all_servers_gone_means_local_pixels(indexed, tokenizer):
+    dataset, media = open_set(indexed[VARIANTS[0]], tokenizer, VARIANTS[0], servers=("http://127.0.0.1:9",))
+    remote = RemotePixels(dataset, media)
+    sample = next(s for s in range(len(dataset)) if dataset.layouts(s))
+    assert all(np.array_equal(a, b) for a, b in zip(dataset.pixels(sample), remote.pixels(sample), strict=True))
+    assert media.client.counts.values["local"] == len(dataset.layouts(sample))
+    assert "Connection refused" in media.summary()
+
+
+def damaged_copy(folder, tmp_path):
+    """The set with one byte changed in the middle of every medium's bytes."""
+    copy = tmp_path / "copy"
+    copy.mkdir()
+    for path in folder.rglob("*"):
+        if path.is_file():
+            (copy / path.relative_to(folder)).parent.mkdir(exist_ok=True)
+            (copy / path.relative_to(folder)).write_bytes(path.read_bytes())
+    return copy
+
+
+def test_a_damaged_medium_gives_the_same_error_as_here(indexed, tokenizer, real, tmp_path):
+    variant = VARIANTS[0]
+    folder = damaged_copy(indexed[variant], tmp_path)
+    dataset, media = open_set(folder, tokenizer, variant, servers=(real.url,))
+    sample = next(s for s in range(len(dataset)) if dataset.layouts(s))
+    medium = dataset.stored_media(sample)[0]
+    with medium.shard.open("r+b") as file:
+        file.seek(medium.span.offset + medium.span.num_bytes // 2)
+        byte = file.read(1)
+        file.seek(-1, 1)
+        file.write(bytes([byte[0] ^ 255]))
+    with pytest.raises(DataError) as here:
+        dataset.pixels(sample)
+    with pytest.raises(DataError) as there:
+        RemotePixels(dataset, media).pixels(sample)
+    assert str(there.value) == str(here.value)
+    assert media.client.counts.values["confirmed_here"] == 1
+
+
+PLAYLISTS = {
+    "ffconcat": "ffconcat version 1.0\nfile {other}\n",
+    "hls": "#EXTM3U\n#EXT-X-TARGETDURATION:10\n#EXTINF:10,\n{other}\n#EXT-X-ENDLIST\n",
+    "html": "<html><body>not found</body></html>",
+    "nothing of the kind": "\0\0\0\x18ftypmp42" + "x" * 100,
+}
+
+
+@pytest.mark.parametrize("text", PLAYLISTS.values(), ids=PLAYLISTS)
+def test_a_text_named_mp4_opens_no_other_file(indexed, tokenizer, real, tmp_path, text):
+    variant = VARIANTS[0]
+    dataset, _ = open_set(indexed[variant], tokenizer, variant)
+    media = (m for s in range(len(dataset)) for m in dataset.stored_media(s) if m.item.frames is not None)
+    job = job_of(next(media), real.front._decoder_id)
+    with open(job.path, "rb") as file:
+        file.seek(job.offset)
+        (tmp_path / "other.mp4").write_bytes(file.read(job.num_bytes))
+    whole = job.model_copy(update=dict(path=str(tmp_path / "other.mp4"), offset=0))
+    assert post(real.url, whole)[0] == 200
+    (disguised := tmp_path / "clip.mp4").write_text(text.format(other="other.mp4"))
+    changes = dict(path=str(disguised), offset=0, num_bytes=disguised.stat().st_size, sha256=None)
+    assert error_of(post(real.url, job.model_copy(update=changes))) == (422, "corrupt")
+
+
+def test_a_header_that_promises_a_giant_picture_is_refused(indexed, tokenizer, real, tmp_path):
+    dataset, _ = open_set(indexed[VARIANTS[0]], tokenizer, VARIANTS[0])
+    job = job_of(next(m for s in range(len(dataset)) for m in dataset.stored_media(s) if m.item.frames is None), real.front._decoder_id)
+    header = b"P6 60000 60000 255\n"
+    (path := tmp_path / "bomb.ppm").write_bytes(header + bytes(1000))
+    changes = dict(path=str(path), offset=0, num_bytes=path.stat().st_size, sha256=None, height=60000, width=60000)
+    assert error_of(post(real.url, job.model_copy(update=changes)))[0] == 422
+
+
+def test_the_decoder_id_names_the_decoder_and_what_resizes(real):
+    from megatron_keye.io_server.protocol import decoder_id
+
+    assert decoder_id().startswith(DECODER_ID)
+    assert "pillow-" in decoder_id()
+    assert "torch-" in decoder_id()
+    assert "+" not in decoder_id()
+    assert real.front._decoder_id == decoder_id()
+
+
+def test_settings_that_make_no_client_are_named(tmp_path):
+    with pytest.raises(SettingsError, match="expected http://HOST:PORT"):
+        connect(data_config(tmp_path, servers=("node1:7300",)))
+    with pytest.raises(SettingsError, match="cannot read the secret file"):
+        connect(data_config(tmp_path, servers=("http://node1:7300",), secret_file=str(tmp_path / "none")))
