@@ -174,5 +174,18 @@ def _refine(items, loads, capacity, slowness, bins, first, following, tops, part
             break
 
 
+def _deal(order, costs, loads, places, bins):
+    """Each item of `order`, which falls in cost, to the least loaded bin that has places left. Ties go to the bin that comes first."""
+    for i in order:
+        chosen = -1
+        for bin in range(len(loads)):
+            if places[bin] > 0 and (chosen < 0 or loads[bin] < loads[chosen]):
+                chosen = bin
+        bins[i] = chosen
+        loads[chosen] += costs[i]
+        places[chosen] -= 1
+
+
 assign = Kernel(_assign)
+deal = Kernel(_deal)
 refine = Kernel(_refine, (_link, _transfer, _highest, _latest_of_others, _partners, _best_exchange, _relieve))
