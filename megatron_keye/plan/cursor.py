@@ -2,10 +2,13 @@
 
 import json
 import re
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 
-from megatron_keye.errors import CheckpointError
+from megatron_keye.errors import CheckpointError, PlanError
+from megatron_keye.plan.cost import CostModel
 from megatron_keye.plan.digest import LEDGER_START
+from megatron_keye.plan.lookahead import Lookahead
+from megatron_keye.plan.windows import Progress, Stretch
 
 PLAN_VERSION = 1
 """Raised whenever the same cursor would give other members. Placement may change without it."""
@@ -21,6 +24,12 @@ class Cursor:
     """Samples taken from the order so far, over all epochs."""
     ledger: bytes = LEDGER_START
     """Hash chain over the samples of every step so far, 32 bytes."""
+    stretches: tuple[Stretch, ...] = ()
+    """How the last of them were taken where steps are planned several batches at a time; see `windows.py`."""
+
+    @property
+    def progress(self) -> Progress:
+        return Progress(self.position, self.stretches)
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,7 +50,7 @@ class ResumeState:
     run: RunIdentity
 
     def to_json(self) -> str:
-        """One line of JSON, some 250 bytes."""
+        """One line of JSON: some 250 bytes, and 100 for each stretch."""
         fields = {
             "step": self.cursor.step,
             "position": self.cursor.position,
@@ -51,13 +60,18 @@ class ResumeState:
             "global_batch_samples": self.run.global_batch_samples,
             "plan_version": self.run.plan_version,
         }
+        if self.cursor.stretches:
+            fields["stretches"] = [_stretch_numbers(stretch) for stretch in self.cursor.stretches]
         return json.dumps(fields)
 
     @classmethod
     def from_json(cls, text: str) -> "ResumeState":
         """The inverse of `to_json`. Raises CheckpointError for anything else."""
         fields = _parse_fields(text)
-        cursor = Cursor(fields["step"], fields["position"], bytes.fromhex(fields["ledger"]))
+        stretches = tuple(_stretch(numbers) for numbers in fields.get("stretches", []))
+        cursor = Cursor(fields["step"], fields["position"], bytes.fromhex(fields["ledger"]), stretches)
+        if cursor.progress.base < 0:
+            raise CheckpointError(f"The resume state's stretches hold more than its {cursor.position} samples. {_REMEDY}")
         run = RunIdentity(fields["seed"], fields["dataset_fingerprint"], fields["global_batch_samples"], fields["plan_version"])
         return cls(cursor, run)
 
@@ -70,28 +84,51 @@ _FIELD_TYPES = {
     "dataset_fingerprint": str,
     "global_batch_samples": int,
     "plan_version": int,
+    "stretches": list,
 }
+_OPTIONAL = {"stretches"}
+
+
+_REMEDY = "The checkpoint is damaged or was not written by this program; use an earlier one."
+
+
+def _stretch_numbers(stretch: Stretch) -> list:
+    ahead = stretch.lookahead
+    cost = None if ahead.cost is None else list(astuple(ahead.cost))
+    return [stretch.steps, stretch.global_batch_samples, ahead.batches, ahead.canonical_replicas, ahead.growth_percent, cost]
+
+
+def _stretch(numbers: list) -> Stretch:
+    """The inverse of `_stretch_numbers`. Raises CheckpointError for anything else."""
+    try:
+        steps, global_batch_samples, batches, canonical_replicas, growth_percent, cost = numbers
+        cost = None if cost is None else CostModel(*cost)
+        whole = [steps, global_batch_samples, batches, canonical_replicas, growth_percent, *(astuple(cost) if cost else ())]
+        if not all(type(number) is int and number >= 0 for number in whole) or min(steps, global_batch_samples) < 1:
+            raise ValueError("expected whole numbers, and at least one step and one sample")
+        return Stretch(steps, global_batch_samples, Lookahead(batches, canonical_replicas, growth_percent, cost))
+    except (TypeError, ValueError, PlanError) as error:
+        raise CheckpointError(f"The resume state's stretches hold {numbers!r} ({error}). {_REMEDY}") from error
 
 
 def _parse_fields(text: str) -> dict:
-    remedy = "The checkpoint is damaged or was not written by this program; use an earlier one."
     try:
         fields = json.loads(text)
     except json.JSONDecodeError as error:
-        raise CheckpointError(f"The resume state is not JSON ({error}). {remedy}") from error
-    if not isinstance(fields, dict) or fields.keys() != _FIELD_TYPES.keys():
+        raise CheckpointError(f"The resume state is not JSON ({error}). {_REMEDY}") from error
+    if not isinstance(fields, dict) or not _FIELD_TYPES.keys() - _OPTIONAL <= fields.keys() <= _FIELD_TYPES.keys():
         found = sorted(fields) if isinstance(fields, dict) else type(fields).__name__
-        raise CheckpointError(f"The resume state holds {found} where {sorted(_FIELD_TYPES)} was expected. {remedy}")
+        raise CheckpointError(f"The resume state holds {found} where {sorted(_FIELD_TYPES)} was expected. {_REMEDY}")
     for name, kind in _FIELD_TYPES.items():
-        if type(fields[name]) is not kind:
+        if name in fields and type(fields[name]) is not kind:
             raise CheckpointError(
-                f"The resume state's {name} is {fields[name]!r} where a value of type {kind.__name__} was expected. {remedy}"
+                f"The resume state's {name} is {fields[name]!r} where a value of type {kind.__name__} was expected. {_REMEDY}"
             )
     for name in ("step", "position"):
         if fields[name] < 0:
-            raise CheckpointError(f"The resume state's {name} is {fields[name]} where 0 or more was expected. {remedy}")
+            raise CheckpointError(f"The resume state's {name} is {fields[name]} where 0 or more was expected. {_REMEDY}")
     if not re.fullmatch("[0-9a-f]{64}", fields["ledger"]):
-        raise CheckpointError(f"The resume state's ledger is {fields['ledger']!r} where 64 hexadecimal digits were expected. {remedy}")
+        raise CheckpointError(f"The resume state's ledger is {fields['ledger']!r} where 64 hexadecimal digits were expected. {_REMEDY}")
     return fields
 
 

@@ -40,6 +40,9 @@ class Lookahead:
             raise PlanError("No window can be planned with these lookahead settings: " + "; ".join(problems) + ".")
 
 
+ONE_BATCH = Lookahead()
+
+
 def divide_window(costs: np.ndarray, lookahead: Lookahead, key: bytes) -> np.ndarray:
     """The step, 0 .. batches - 1, of each sample of a window, int64 [n]; `costs` int64 [n], n a multiple of the batches.
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Protocol
 
 import numpy as np
@@ -13,10 +14,12 @@ from megatron_keye.plan.balance import imbalance, place_segments
 from megatron_keye.plan.cost import CostModel
 from megatron_keye.plan.cursor import Cursor
 from megatron_keye.plan.digest import ledger_digest
-from megatron_keye.plan.order import samples_at
+from megatron_keye.plan.lookahead import ONE_BATCH, Lookahead
+from megatron_keye.plan.order import Order, ShuffledOrder
 from megatron_keye.plan.pack import Item, pack_rows, round_up, rows_of
 from megatron_keye.plan.spread import NO_LIMIT
 from megatron_keye.plan.types import EncodeTask, ReplicaPlan, Row, StepPlan
+from megatron_keye.plan.windows import Membership, WindowCosts
 
 
 class SampleShapes(Protocol):
@@ -31,7 +34,7 @@ class SampleShapes(Protocol):
 class PlanSettings:
     """What a step plan depends on besides the cursor and the data.
 
-    The first two decide which samples a step holds; all others only where they go.
+    The first two and `lookahead` decide which samples a step holds; all others only where they go.
     """
 
     seed: int
@@ -46,6 +49,8 @@ class PlanSettings:
     microbatch_multiple: int
     """The number of microbatches is rounded up to this (interleaved schedules need a multiple of the stages)."""
     cost: CostModel
+    lookahead: Lookahead = ONE_BATCH
+    """How many batches are planned together. Decides which samples a step holds, as the seed and the batch do."""
     barrier: Barrier = "phase"
     """Where replicas wait for each other; see `assignment.py`."""
     replica_patches: int = NO_LIMIT
@@ -70,14 +75,34 @@ class PlanSettings:
 
 
 def plan_step(shapes: SampleShapes, cursor: Cursor, settings: PlanSettings) -> tuple[StepPlan, Cursor]:
-    """The plan of step `cursor.step` and the cursor after it.
+    """The plan of step `cursor.step` and the cursor after it. Who plans many steps keeps a `StepPlanner`.
 
     Raises PlanError when the dataset is empty or a sample does not fit a row.
     """
-    members = samples_at(cursor.position, settings.global_batch_samples, len(shapes), settings.seed)
-    plan = StepPlan(cursor.step, members, place_members(members, shapes, settings))
-    after = Cursor(cursor.step + 1, cursor.position + len(members), ledger_digest(cursor.ledger, members))
-    return plan, after
+    return StepPlanner(shapes, settings).plan(cursor)
+
+
+class StepPlanner:
+    """Plans steps of one dataset. Keeps the windows in use; the plan of a cursor does not depend on what was planned before."""
+
+    def __init__(self, shapes: SampleShapes, settings: PlanSettings, order: Order | None = None, costs: WindowCosts | None = None):
+        """`order` is one of the whole dataset shuffled where none is given, and `costs` are worked out from `shapes`, one by one."""
+        self._shapes, self._settings = shapes, settings
+        order = ShuffledOrder(len(shapes), settings.seed) if order is None else order
+        self._membership = Membership(order, partial(shape_costs, shapes) if costs is None else costs)
+
+    def plan(self, cursor: Cursor) -> tuple[StepPlan, Cursor]:
+        """The plan of step `cursor.step` and the cursor after it. Raises PlanError when a sample does not fit a row."""
+        progress = cursor.progress.under(self._settings.global_batch_samples, self._settings.lookahead)
+        members = self._membership.members(progress)
+        plan = StepPlan(cursor.step, members, place_members(members, self._shapes, self._settings))
+        after = progress.after_step()
+        return plan, Cursor(cursor.step + 1, after.position, ledger_digest(cursor.ledger, members), after.stretches)
+
+
+def shape_costs(shapes: SampleShapes, samples: np.ndarray, cost: CostModel) -> np.ndarray:
+    """What each of `samples` int64 [n] costs in all, without padding, int64 [n]."""
+    return np.array([sum(cost.sample_cost(shapes[sample])) for sample in samples.tolist()], np.int64)
 
 
 def place_members(members: Sequence[int], shapes: SampleShapes, settings: PlanSettings) -> tuple[ReplicaPlan, ...]:

@@ -8,13 +8,30 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from megatron_keye.errors import CheckpointError
+from megatron_keye.plan.cost import CostModel
 from megatron_keye.plan.cursor import Cursor, ResumeState, RunIdentity, check_resumable
+from megatron_keye.plan.lookahead import Lookahead
+from megatron_keye.plan.windows import Stretch
 
 STATE = ResumeState(Cursor(12, 768, bytes(range(32))), RunIdentity(seed=3, dataset_fingerprint="ab12", global_batch_samples=64))
+COST = CostModel(1, 2, 3, 4, 5)
+STRETCHES = (Stretch(3, 64, Lookahead(8, 512, 200, COST)), Stretch(1, 32, Lookahead()))
 naturals = st.integers(0, 2**60)
+stretches = st.builds(
+    Stretch,
+    st.integers(1, 20),
+    st.integers(1, 2**20),
+    st.builds(Lookahead, st.integers(1, 64), st.integers(1, 2**20), st.integers(100, 1000), st.builds(CostModel, *[naturals] * 5)),
+)
 states = st.builds(
     ResumeState,
-    st.builds(Cursor, naturals, naturals, st.binary(min_size=32, max_size=32)),
+    st.builds(
+        Cursor,
+        naturals,
+        st.integers(2**30, 2**60),
+        st.binary(min_size=32, max_size=32),
+        st.lists(stretches, max_size=3).map(tuple),
+    ),
     st.builds(RunIdentity, st.integers(), st.text(), naturals, naturals),
 )
 
@@ -36,6 +53,34 @@ def test_the_stored_form_is_pinned():
         "global_batch_samples": 64,
         "plan_version": 1,
     }
+
+
+def test_an_open_window_is_stored_in_a_few_hundred_bytes():
+    state = replace(STATE, cursor=replace(STATE.cursor, stretches=STRETCHES))
+    assert json.loads(state.to_json())["stretches"] == [[3, 64, 8, 512, 200, [1, 2, 3, 4, 5]], [1, 32, 1, 1, 200, None]]
+    assert len(state.to_json()) < 500
+    assert state.cursor.progress.base == 768 - 3 * 64 - 32
+
+
+@pytest.mark.parametrize(
+    "stretches",
+    [
+        5,
+        [5],
+        [[3, 64, 8, 512, 200]],
+        [[3, 64, 8, 512, 200, None]],
+        [[3, 64, 8, 512, 200, [1, 2]]],
+        [[3, 64, 8, 512, 200, [1, 2, 3, 4, "5"]]],
+        [[0, 64, 1, 1, 200, None]],
+        [[1, 64, 1, 1, 50, None]],
+        [[1.0, 64, 1, 1, 200, None]],
+        [[13, 64, 1, 1, 200, None]],
+    ],
+)
+def test_damaged_stretches_are_named(stretches):
+    stored = json.loads(STATE.to_json()) | {"stretches": stretches}
+    with pytest.raises(CheckpointError, match="stretches"):
+        ResumeState.from_json(json.dumps(stored))
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", "3", "null", "{}"])

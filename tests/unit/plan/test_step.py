@@ -13,8 +13,9 @@ from megatron_keye.errors import PlanError
 from megatron_keye.plan.cost import CostModel
 from megatron_keye.plan.cursor import Cursor
 from megatron_keye.plan.digest import LEDGER_START, ledger_digest, plan_digest
+from megatron_keye.plan.lookahead import Lookahead
 from megatron_keye.plan.order import samples_at
-from megatron_keye.plan.step import PlanSettings, plan_step, predicted_loads, replicate_tasks
+from megatron_keye.plan.step import PlanSettings, StepPlanner, plan_step, predicted_loads, replicate_tasks
 
 COST = CostModel(decoder_token=1000, decoder_pair=3, vision_patch=400, vision_pair=2, projector_token=50)
 SETTINGS = PlanSettings(
@@ -48,6 +49,7 @@ plan_settings = st.builds(
     encoders=st.sets(st.integers(0, 7), min_size=1).map(lambda ranks: tuple(sorted(ranks))),
     microbatch_multiple=st.integers(1, 4),
     cost=st.just(COST),
+    barrier=st.sampled_from(["step", "phase", "microbatch"]),
 )
 
 
@@ -153,6 +155,56 @@ def test_every_cursor_resumes_to_the_same_steps():
         _, cursor = plan_step(shapes, cursor, SETTINGS)
 
 
+AHEAD = replace(SETTINGS, lookahead=Lookahead(4, canonical_replicas=4, growth_percent=200, cost=COST))
+
+
+def test_every_cursor_in_every_window_resumes_to_the_same_steps():
+    shapes = random_dataset(50)
+    undisturbed, end = run_steps(shapes, Cursor(), AHEAD, 10)
+    assert undisturbed != run_steps(shapes, Cursor(), SETTINGS, 10)[0]
+    cursor = Cursor()
+    for done in range(10):
+        rest, resumed_end = run_steps(shapes, cursor, AHEAD, 10 - done)
+        assert rest == undisturbed[done:]
+        assert resumed_end == end
+        _, cursor = plan_step(shapes, cursor, AHEAD)
+
+
+def test_a_planner_that_is_kept_plans_the_same_steps():
+    shapes = random_dataset(50)
+    undisturbed, _ = run_steps(shapes, Cursor(), AHEAD, 10)
+    planner, cursor = StepPlanner(shapes, AHEAD), Cursor()
+    for expected in undisturbed:
+        plan, cursor = planner.plan(cursor)
+        assert plan == expected
+
+
+@settings(deadline=None, max_examples=50)
+@given(datasets, plan_settings, st.integers(1, 4), st.integers(1, 5))
+def test_windows_visit_every_position_once_at_any_layout(shapes, config, batches, canonical_replicas):
+    config = replace(config, lookahead=Lookahead(batches, canonical_replicas, 150, COST))
+    elsewhere = {"num_replicas": 3, "encoders": (0, 5), "barrier": "microbatch", "speeds": ((900,) * 6,) * 3}
+    other = replace(config, cost=replace(COST, vision_pair=9), **elsewhere)
+    plans, cursor = run_steps(shapes, Cursor(), config, batches)
+    moved, moved_cursor = run_steps(shapes, Cursor(), other, batches)
+    assert [plan.members for plan in plans] == [plan.members for plan in moved]
+    assert cursor == moved_cursor
+    visited = [sample for plan in plans for sample in plan.members]
+    assert sorted(visited) == sorted(samples_at(0, batches * config.global_batch_samples, len(shapes), config.seed))
+    assert cursor.stretches == ()
+
+
+def test_changed_batch_and_lookahead_use_every_sample_once_an_epoch():
+    shapes, cursor, visited = random_dataset(400), Cursor(), []
+    for batch, lookahead in [(16, AHEAD.lookahead), (24, Lookahead()), (8, Lookahead(8, 2, 120, COST)), (16, AHEAD.lookahead)]:
+        plans, cursor = run_steps(shapes, cursor, replace(SETTINGS, global_batch_samples=batch, lookahead=lookahead), 3)
+        visited += [sample for plan in plans for sample in plan.members]
+    while cursor.stretches:
+        plan, cursor = plan_step(shapes, cursor, AHEAD)
+        visited += plan.members
+    assert sorted(visited) == sorted(samples_at(0, cursor.position, 400, SETTINGS.seed))
+
+
 def test_resuming_at_other_layouts_goes_on_with_the_same_samples():
     shapes = random_dataset(50)
     undisturbed, end = run_steps(shapes, Cursor(), SETTINGS, 12)
@@ -230,6 +282,8 @@ def test_an_empty_dataset_is_refused():
         {"seq_length_tokens": 7},
         {"encoders": ()},
         {"encoders": (1, 1)},
+        {"speeds": ((1000,) * 4,)},
+        {"speeds": ((1000,) * 4, (1000, 0, 1, 1))},
     ],
 )
 def test_impossible_settings_are_refused(change):
