@@ -42,7 +42,7 @@ class SlabBudget:
     def allocate(self, num_bytes: int) -> Slab:
         """Raises Refused: `too_large` for what can never fit, `busy` where others take the room."""
         if num_bytes > self.limit_bytes:
-            raise Refused("too_large", f"the result takes {num_bytes} bytes, and --memory-bytes of this server is {self.limit_bytes}")
+            raise Refused("too_large", f"the result takes {num_bytes} bytes; --memory-mib of this server allows {self.limit_bytes} in all")
         if not self.has_room(num_bytes):
             raise Refused("busy", f"{self.used_bytes} of {self.limit_bytes} bytes for results are in use", retry_after_s=1)
         slab = Slab(num_bytes)

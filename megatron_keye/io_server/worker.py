@@ -11,6 +11,7 @@ import select
 import signal
 import socket
 import sys
+import traceback
 import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -26,6 +27,7 @@ from megatron_keye.io_server.roots import Roots
 
 Decode = Callable[[DecodeJob, bytes], Iterator[np.ndarray]]
 """Patches of a job from its bytes, uint8 [n, 588] at a time, in order."""
+MAX_MESSAGE = 4000
 ALARM_GRACE_S = 5
 """A worker whose front is gone ends itself this long after a job's time limit."""
 
@@ -79,7 +81,10 @@ def _answer(sock: socket.socket, roots: Roots, message: dict[str, Any], fd: int,
     except Refused as error:
         return {"error": error.code, "message": str(error)}
     except Exception as error:
-        return {"error": _code(error), "message": f"{type(error).__name__}: {error}"[:4000]}
+        code = _code(error)
+        if code == "internal":
+            traceback.print_exc()
+        return {"error": code, "message": f"{type(error).__name__}: {error}"[:MAX_MESSAGE]}
     return {"crc32": crc32}
 
 

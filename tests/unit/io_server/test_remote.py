@@ -1,6 +1,5 @@
 """Pixels from a real server against pixels decoded here: the same bytes, or the same error, whatever happens in between."""
 
-
 import numpy as np
 import pytest
 

@@ -1,0 +1,65 @@
+"""`keye io-server` as people start it: arguments, status, signals."""
+
+from pathlib import Path
+
+import pytest
+
+from megatron_keye.io_server.registry import live_leases
+from megatron_keye.train import cli
+from tests.unit.io_server.processes import ServerProcess
+from tests.unit.io_server.serving import wait_until
+
+
+@pytest.mark.parametrize(
+    ("arguments", "problem"),
+    [
+        ([], "--listen is None: expected HOST:PORT"),
+        (["--listen", "7300"], "--listen is '7300'"),
+        (["--listen", "127.0.0.1:99999"], "expected HOST:PORT"),
+        (["--listen", "127.0.0.1:0"], "name at least one folder with --root"),
+        (["--listen", "127.0.0.1:0", "--root", "/no/such"], "--root /no/such: no such folder"),
+        (["--listen", "127.0.0.1:0", "--root", "/tmp", "--workers", "0"], "--workers is 0: expected more than 0"),
+        (["--listen", "0.0.0.0:0", "--root", "/tmp"], "without --secret-file"),
+    ],
+)
+def test_arguments_that_make_no_server_are_settings_errors(arguments, problem, capsys):
+    assert cli.main(["io-server", *arguments]) == 65
+    assert problem in capsys.readouterr().err
+
+
+def children_of(pid: int) -> list[int]:
+    return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+
+def is_running(pid: int) -> bool:
+    """A dead process that nobody waited for is not running."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+def test_a_server_announces_itself_tells_its_status_and_ends_when_asked(tmp_path, capsys):
+    server = ServerProcess("--root", str(tmp_path), "--registry", str(tmp_path / "registry"), "--advertise", "localhost")
+    url = server.url
+    wait_until(lambda: live_leases(tmp_path / "registry"))
+    assert [lease.url for lease in live_leases(tmp_path / "registry")] == [url]
+    assert cli.main(["io-server", "status", url]) == 0
+    assert "status ok" in capsys.readouterr().out
+    workers = children_of(server.pid)
+    assert len(workers) == 1
+    assert server.terminate() == 0
+    assert not list((tmp_path / "registry").glob("*.json"))
+    assert cli.main(["io-server", "status", url]) == 1
+    assert "no answer" in capsys.readouterr().out
+    assert not any(is_running(pid) for pid in workers)
+
+
+def test_workers_end_with_a_front_that_is_killed(tmp_path):
+    server = ServerProcess("--root", str(tmp_path), "--workers", "1")
+    server.wait_for("listening")
+    workers = children_of(server.pid)
+    assert workers
+    assert all(is_running(pid) for pid in workers)
+    server.kill()
+    wait_until(lambda: not any(is_running(pid) for pid in workers), timeout_s=10.0)
