@@ -5,16 +5,16 @@ BIN := $(VENV)/bin
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 N ?= 2
 TORCH := torch==2.13.0
-CPU_INDEX := https://download.pytorch.org/whl/cpu
 STAMP := $(VENV)/.complete
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: help setup data train train-long test lint smoke clean
+.PHONY: help setup data train train-long test test-slow lint smoke clean
 
 help:
 	@echo "make train       set up, make the demo data, train the debug-size Keye-VL-1.5 on N=$(N) processes, evaluate (10 minutes)"
 	@echo "make train-long  the same model trained longer (45 minutes)"
 	@echo "make test        set up, then the CPU tests (15 minutes)"
+	@echo "make test-slow   the tests that kill whole runs (minutes)"
 	@echo "make smoke       layouts, training, resume and scoring on two GPUs or two CPU processes (10 minutes)"
 	@echo "make lint        ruff over the code, shellcheck over the launchers where it is installed"
 	@echo "make setup       only the virtual environment $(VENV), with the versions in constraints.txt"
@@ -28,20 +28,16 @@ help:
 
 setup: $(STAMP)
 
-# On a machine without a GPU the CPU build of torch comes first: the default one brings gigabytes of CUDA libraries.
+# Torch first and pinned: an unpinned one may bring gigabytes of CUDA libraries to a machine without a GPU. Where pip finds a CPU
+# build of this version (PIP_FIND_LINKS or PIP_EXTRA_INDEX_URL), it takes that.
 $(STAMP): setup.py constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	@if ! command -v nvidia-smi >/dev/null; then \
-		echo "no GPU here: installing the CPU build of $(TORCH)"; \
-		$(BIN)/pip install -q "$(TORCH)+cpu" 2>/dev/null \
-		|| $(BIN)/pip install -q "$(TORCH)+cpu" --index-url $(CPU_INDEX) \
-		|| echo "found no CPU build: taking the default one"; \
-	fi
+	$(BIN)/pip install -q "$(TORCH)"
 	$(BIN)/pip install -q -e '.[dev]' -c constraints.txt
 	touch $@
 
 data: setup
-	$(BIN)/python data_tools/make_demo_data.py data/demo
+	$(BIN)/python data_tools/make_demo_data.py data/demo --train 6000 --valid 600
 
 train: data
 	launch/local.sh -n $(N) debug --run-dir runs/debug
@@ -52,7 +48,10 @@ train-long: data
 	$(BIN)/keye eval --run-dir runs/debug_long
 
 test: setup
-	$(BIN)/python -m pytest -q -n $(N) --dist worksteal -m "not gpu and not slow" tests/unit tests/dist
+	$(BIN)/python -m pytest -q -n $(N) --dist worksteal -m "not gpu and not slow" tests
+
+test-slow: setup
+	$(BIN)/python -m pytest -q -m slow tests
 
 smoke: data
 	launch/smoke_2gpu.sh
