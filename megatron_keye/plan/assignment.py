@@ -13,7 +13,7 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 
-from megatron_keye.plan.row_kernels import count_rows, fill
+from megatron_keye.plan.heap_kernels import count_rows, fill
 from megatron_keye.plan.spread import NO_LIMIT, SPEED_BASE, common_scale, exact_sum, improve, lower_bound, slowness_of, spread, sum_by_bin
 
 Barrier = Literal["step", "phase", "microbatch"]
@@ -73,7 +73,7 @@ def assign_samples(costs: StepCosts, rules: AssignmentRules) -> Assignment:
 
 def rows_needed(tokens: np.ndarray, replica: np.ndarray, num_replicas: int, seq_length_tokens: int) -> np.ndarray:
     """int64 [num_replicas]: rows that each replica's samples take when packed best fit, largest first."""
-    order = np.lexsort((-tokens, replica))
+    order = np.argsort(replica * (seq_length_tokens + 1) - tokens, kind="stable")
     counts = np.bincount(replica, minlength=num_replicas)
     room = np.zeros(int(counts.max()), np.int64)
     needed = np.zeros(num_replicas, np.int64)

@@ -31,8 +31,8 @@ class Kernel:
         self._compiled: Callable[..., None] | None = None
 
     def __call__(self, steps: int, *arguments: Argument) -> None:
-        """Run on arrays, which are changed in place; `steps` estimates the inner steps."""
-        if steps >= COMPILED_FROM_STEPS and has_numba():
+        """Run on arrays, which are changed in place; `steps` estimates the inner steps beyond a look at every item."""
+        if steps + sum(map(_num_items, arguments)) >= COMPILED_FROM_STEPS and has_numba():
             self.compiled()(*arguments)
         else:
             self.interpreted(*arguments)
@@ -54,6 +54,12 @@ class Kernel:
                 register_jitable(helper)
             self._compiled = numba.njit(cache=True, nogil=True)(self.function)
         return self._compiled
+
+
+def _num_items(argument: Argument) -> int:
+    if isinstance(argument, tuple):
+        return sum(map(len, argument))
+    return len(argument) if isinstance(argument, np.ndarray) else 0
 
 
 def _to_lists(argument: Argument) -> list[int] | int | tuple[list[int], ...]:

@@ -18,16 +18,19 @@ def _assign(order, candidates, items, loads, capacity, slowness, levels, bins):
     a, b, size = items
     load_a, load_b, load_size = loads
     for i in order:
+        cost_a, cost_b, room_needed = a[i], b[i], size[i]
         chosen, best_excess, best_product = -1, _FAR, _FAR
         for bin in candidates:
-            if load_size[bin] + size[i] > capacity:
+            if load_size[bin] + room_needed > capacity:
                 continue
-            finish_a = (load_a[bin] + a[i]) * slowness[bin]
-            finish_b = (load_b[bin] + b[i]) * slowness[bin]
+            finish_a = (load_a[bin] + cost_a) * slowness[bin]
+            finish_b = (load_b[bin] + cost_b) * slowness[bin]
             excess = max(0, finish_a - levels[0], finish_b - levels[1])
+            if excess > best_excess:
+                continue
             # Shifted so that the product stays below 2**62.
-            product = (a[i] >> 4) * (finish_a >> 11) + (b[i] >> 4) * (finish_b >> 11)
-            if excess < best_excess or (excess == best_excess and product < best_product):
+            product = (cost_a >> 4) * (finish_a >> 11) + (cost_b >> 4) * (finish_b >> 11)
+            if excess < best_excess or product < best_product:
                 chosen, best_excess, best_product = bin, excess, product
         if chosen < 0:
             for bin in range(len(slowness)):

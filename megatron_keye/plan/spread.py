@@ -87,9 +87,10 @@ def _greedy(first: np.ndarray, second: np.ndarray, sizes: np.ndarray, capacity: 
     loads = tuple(np.zeros(num_bins, np.int64) for _ in range(3))
     few_bins = num_bins <= 3 * _CANDIDATES_PER_KIND
     head = len(order) if few_bins else max(1, _FULL_SCAN_STEPS // num_bins)
+    kinds = 1 + int(b.any())
     starts = [0, *range(head, len(order), _BLOCK_ITEMS)]
     for start, stop in zip(starts, [*starts[1:], len(order)], strict=True):
-        candidates = np.arange(num_bins) if start == 0 else _earliest([load * slowness for load in loads[: 1 + b.any()]])
+        candidates = np.arange(num_bins) if start == 0 else _earliest([load * slowness for load in loads[:kinds]])
         steps = 4 * len(order) * len(candidates)
         assign(steps, order[start:stop], candidates, (a, b, sizes), loads, capacity, slowness, levels, bins)
 

@@ -1,4 +1,4 @@
-"""Inner loop of packing one microbatch of every replica to a common level of cost. See `kernels.py` for the rules of such code."""
+"""Inner loops around rows and around segments that change replicas; most keep bins in a heap. See `kernels.py` for the rules."""
 
 from megatron_keye.plan.compiled import Kernel
 
@@ -102,5 +102,33 @@ def _count_rows(counts, sizes, capacity, room, needed):
         at += counts[group]
 
 
+def _shed(order, costs, owners, excess, taken):
+    """Mark items to take from bins above their level: by falling cost those that fit the excess, then one that covers the rest."""
+    for i in order:
+        if 0 < costs[i] <= excess[owners[i]]:
+            taken[i] = 1
+            excess[owners[i]] -= costs[i]
+    for at in range(len(order) - 1, -1, -1):
+        i = order[at]
+        if taken[i] == 0 and excess[owners[i]] > 0 and costs[i] >= excess[owners[i]]:
+            taken[i] = 1
+            excess[owners[i]] -= costs[i]
+
+
+def _receive(order, costs, slowness, loads, finish, heap, bins):
+    """Each item of `order` to the bin that has finished first so far. Ties go to the bin that comes first."""
+    for bin in range(len(slowness)):
+        finish[bin] = loads[bin] * slowness[bin]
+        _push(heap, finish, bin, bin)
+    for i in order:
+        bin = heap[0]
+        bins[i] = bin
+        loads[bin] += costs[i]
+        finish[bin] += costs[i] * slowness[bin]
+        _sift(heap, finish, 0, len(slowness))
+
+
 fill = Kernel(_fill, (_sift, _push, _next_fitting))
 count_rows = Kernel(_count_rows)
+shed = Kernel(_shed)
+receive = Kernel(_receive, (_sift, _push))
