@@ -83,6 +83,7 @@ BAD_JOBS = {
     "another checksum": (dict(sha256="0" * 64), 422, "corrupt"),
     "no such file": (dict(path="{root}/none"), 404, "missing"),
     "a file outside": (dict(path="/etc/passwd"), 403, "denied"),
+    "none there outside either": (dict(path="/etc/no/such/file"), 403, "denied"),
     "dots": (dict(path="{root}/../secret"), 403, "denied"),
     "a link that leads outside": (dict(path="{root}/link"), 403, "denied"),
     "a link to a folder outside": (dict(path="{root}/folder/secret"), 403, "denied"),
@@ -155,7 +156,8 @@ def test_a_field_that_makes_no_sense_is_refused(plain, fields):
 
 def test_a_giant_request_is_refused_and_other_paths_are_not_found(plain):
     server, _ = plain
-    assert error_of(request(server.url, b" " * (MAX_REQUEST_BYTES + 1))) == (413, "too_large")
+    for num_bytes in (MAX_REQUEST_BYTES + 1, 8 * MIB):
+        assert error_of(request(server.url, b" " * num_bytes)) == (413, "too_large")
     assert error_of(request(server.url, b"", path="/etc/passwd")) == (404, "not_found")
     assert error_of(request(server.url, b"", method="GET")) == (404, "not_found")
 
@@ -219,21 +221,25 @@ def test_what_goes_wrong_costs_one_request(impatient, content, status, code):
 def test_a_worker_that_dies_once_is_replaced_within_the_request(start_server, write, tmp_path):
     server = start_server(num_workers=2)
     path = write(f"crash_once {tmp_path / 'marker'}", name="once")
-    job = clip_job(path, 4)
+    job = clip_job(path, 4, side=112)  # larger than a file's buffer
     assert post(server.url, job)[2] == expected(job, path)
     wait_until(lambda: server.pool.num_ready == 2)
 
 
-def test_a_worker_killed_in_a_request_and_one_killed_while_idle(start_server, write):
-    server = start_server(num_workers=1)
+def test_a_worker_killed_in_a_request_and_two_killed_while_idle(start_server, write):
+    server = start_server(num_workers=2)
     slow = write("sleep 0.2")
     job = clip_job(slow, 4)
     with ThreadPoolExecutor(1) as threads:
         answer = threads.submit(post, server.url, job)
         wait_until(lambda: server.pool.running)
-        os.kill(server.pool.pids[0], signal.SIGKILL)
+        for pid in server.pool.pids:
+            os.kill(pid, signal.SIGKILL)
         assert answer.result()[2] == expected(job, slow)
-    os.kill(server.pool.pids[0], signal.SIGKILL)
+    wait_until(lambda: server.pool.num_ready == 2)
+    for pid in server.pool.pids:
+        os.kill(pid, signal.SIGKILL)
+    wait_until(lambda: all(worker.process.returncode is not None for worker in server.pool._workers))
     assert is_well(server, write("good"))
 
 
