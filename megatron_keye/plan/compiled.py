@@ -52,7 +52,10 @@ class Kernel:
 
             for helper in self._helpers:
                 register_jitable(helper)
-            self._compiled = numba.njit(cache=True, nogil=True)(self.function)
+            try:
+                self._compiled = numba.njit(cache=True, nogil=True)(self.function)
+            except RuntimeError:  # no folder to keep it in can be written to
+                self._compiled = numba.njit(nogil=True)(self.function)
         return self._compiled
 
 
