@@ -24,10 +24,11 @@ TIMED_DURATION_S = 2.5
 CUT_TIMES_S = (0.5, 1.0, 1.5, 2.0)
 DIRECTIONS = {"left": (-1, 0), "right": (1, 0), "up": (0, -1), "down": (0, 1)}
 
-ORDER_CHOICES = tuple((first, second, asked) for first, second in permutations(CLIP_COLOURS, 2) for asked in ("first", "last"))
+STORY_CHOICES = tuple(permutations(CLIP_COLOURS, 2))
+ORDER_CHOICES = tuple((first, second, asked) for first, second in STORY_CHOICES for asked in ("first", "last"))
 TIME_CHOICES = tuple((cut_s, part) for cut_s in CUT_TIMES_S for part in (0, 1))
 
-ORDER_QUESTIONS = ("Which colour comes {asked}, {a} or {b}?", "Is {a} or {b} {asked}?")
+ORDER_QUESTIONS = ("Which colour comes {asked}?", "Name the {asked} colour.")
 TIME_QUESTIONS = ("When is the shape {colour}?", "Give the time of the {colour} shape.")
 MOTION_QUESTIONS = ("Which way does the shape move?", "Name the direction of the motion.")
 
@@ -35,10 +36,14 @@ MOTION_QUESTIONS = ("Which way does the shape move?", "Name the direction of the
 def order(rng: Random, choice: tuple[str, str, str]) -> Example:
     """Two colours one after the other; asked is the first or the last."""
     first, second, asked = choice
-    duration_s = rng.choice(DURATIONS_S)
-    clip = _two_colours(rng, first, second, duration_s, rng.uniform(0.8, duration_s - 0.8))
-    a, b = rng.sample((first, second), 2)
-    return Example((clip, rng.choice(ORDER_QUESTIONS).format(asked=asked, a=a, b=b)), first if asked == "first" else second)
+    clip = _two_colours_of_any_length(rng, first, second)
+    return Example((clip, rng.choice(ORDER_QUESTIONS).format(asked=asked)), first if asked == "first" else second)
+
+
+def story(rng: Random, choice: tuple[str, str]) -> Example:
+    """A document: a clip and what happens in it."""
+    first, second = choice
+    return Example((_two_colours_of_any_length(rng, first, second), f"First {first}, then {second}."))
 
 
 def time(rng: Random, choice: tuple[float, int]) -> Example:
@@ -70,6 +75,11 @@ def _start(rng: Random, distance_px: float, room_px: int) -> int:
     """Where a shape starts that must travel `distance_px` (signed) within 0 .. room_px."""
     slack_px = int(room_px - abs(distance_px))
     return rng.randint(0, slack_px) if distance_px > 0 else room_px - rng.randint(0, slack_px)
+
+
+def _two_colours_of_any_length(rng: Random, first: str, second: str) -> Clip:
+    duration_s = rng.choice(DURATIONS_S)
+    return _two_colours(rng, first, second, duration_s, rng.uniform(0.8, duration_s - 0.8))
 
 
 def _two_colours(rng: Random, first: str, second: str, duration_s: float, cut_s: float) -> Clip:

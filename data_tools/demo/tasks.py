@@ -22,8 +22,8 @@ TASKS = (
     Task("colour", 10, picture_tasks.colour, tuple(COLOURS), 1 / len(COLOURS)),
     Task("shape", 22, picture_tasks.shape, SHAPES, 1 / len(SHAPES)),
     Task("count", 12, picture_tasks.count, tuple(range(1, picture_tasks.MAX_COUNT + 1)), 1 / picture_tasks.MAX_COUNT),
-    Task("box", 3, picture_tasks.box, _BOXES, 1 / len(_BOXES)),
-    Task("point", 3, picture_tasks.point, _BOXES, _BOXES_PER_CENTRE / len(_BOXES)),
+    Task("box", 2, picture_tasks.box, _BOXES, 1 / len(_BOXES)),
+    Task("point", 2, picture_tasks.point, _BOXES, _BOXES_PER_CENTRE / len(_BOXES)),
     Task(
         "read",
         4,
@@ -31,15 +31,16 @@ TASKS = (
         tuple(range(1, picture_tasks.MAX_LETTERS + 1)),
         1 / (picture_tasks.MAX_LETTERS * len(picture_tasks.LETTERS)),
     ),
-    Task("order", 18, clip_tasks.order, clip_tasks.ORDER_CHOICES, 1 / 2),
+    Task("order", 16, clip_tasks.order, clip_tasks.ORDER_CHOICES, 1 / len(clip_tasks.CLIP_COLOURS)),
     Task("time", 2, clip_tasks.time, clip_tasks.TIME_CHOICES, 1 / 2),  # the slow frame after a cut gives its time away
     Task("motion", 5, clip_tasks.motion, tuple(clip_tasks.DIRECTIONS), 1 / len(clip_tasks.DIRECTIONS)),
     Task("copy", 2, text_tasks.copy, chance=0.0),
     Task("add", 2, text_tasks.add, chance=max(_WAYS_TO_SUM.values()) / text_tasks.MAX_TERM**2),
     Task("fact", 2, text_tasks.fact, chance=1 / len(COLOURS)),
-    Task("caption", 10, text_tasks.caption),
+    Task("story", 8, clip_tasks.story, clip_tasks.STORY_CHOICES),
+    Task("caption", 5, text_tasks.caption),
     Task("album", 3, text_tasks.album, (2, 3)),
-    Task("sentences", 2, text_tasks.sentences),
+    Task("sentences", 3, text_tasks.sentences),
 )
 
 
