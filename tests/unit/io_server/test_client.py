@@ -1,5 +1,6 @@
 """The client: whatever happens to servers, the bytes are right or the caller is told to decode by itself."""
 
+import json
 import socket
 import threading
 import time
@@ -7,6 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
+from megatron_keye.io_server.attempts import Timeouts
 from megatron_keye.io_server.client import ByteCredits, HedgeClock, Poisonous
 from tests.unit.io_server.serving import as_bytes, client_of, clip_job, expected, job_for, post, wait_until
 
@@ -86,7 +88,7 @@ def test_a_busy_server_is_waited_for(start_server, write):
 
 def test_a_slow_server_is_hedged_and_the_loser_stops(start_server, write):
     path = write("sleep 0.05")
-    job = clip_job(path, 40)
+    job = clip_job(path, 20)
     first, second = in_order(job, [start_server(), start_server()])
     post(second.url, job)  # which now has the answer, as if it were the faster machine
     client = client_of(first.url, second.url, hedge_after_s=0.2)
@@ -127,6 +129,61 @@ def test_a_server_with_another_decoder_is_not_used(start_server, write, monkeypa
     liar = client_of(server.url)
     assert liar.fetch(job) is None
     assert "decoded with x, expected mine" in liar.counts.last_failure
+
+
+ANSWERS = {
+    "one that ends early": (
+        b"HTTP/1.1 200 OK\r\nContent-Length: 2352\r\nx-keye-result: {facts}\r\n\r\n" + b"x" * 1000,
+        "ended after 1000 of 2352",
+    ),
+    "one of another size": (b"HTTP/1.1 200 OK\r\nContent-Length: 10\r\nx-keye-result: {facts}\r\n\r\n" + b"x" * 10, "other sizes"),
+    "one without a header": (b"HTTP/1.1 200 OK\r\nContent-Length: 2352\r\n\r\n" + b"x" * 2352, "no I/O server"),
+    "an error page": (b"HTTP/1.1 502 Bad Gateway\r\nContent-Length: 6\r\n\r\n<html>", "status 502 without an explanation"),
+    "no HTTP": (b"220 smtp.example.com ESMTP\r\n", "BadStatusLine"),
+    "nothing": (b"", "RemoteDisconnected"),
+}
+
+
+@pytest.mark.parametrize(("answer", "problem"), ANSWERS.values(), ids=ANSWERS)
+def test_an_answer_that_cannot_be_believed_is_a_failure_of_the_server(write, answer, problem):
+    job = job_for(write("picture"))
+    facts = json.dumps({"decoder_id": job.decoder_id, "segments": job.segments, "crc32": 0}).encode()
+    with socket.create_server(("127.0.0.1", 0)) as sock, ThreadPoolExecutor(1) as threads:
+
+        def serve_once():
+            connection, _ = sock.accept()
+            with connection:
+                connection.recv(1 << 16)
+                connection.sendall(answer.replace(b"{facts}", facts))
+
+        serving = threads.submit(serve_once)
+        client = client_of(f"http://127.0.0.1:{sock.getsockname()[1]}")
+        assert client.fetch(job) is None
+        serving.result()
+    assert problem in client.counts.last_failure
+
+
+def test_an_answer_that_stops_coming_is_given_up(write):
+    job = job_for(write("picture"))
+    facts = json.dumps({"decoder_id": job.decoder_id, "segments": job.segments, "crc32": 0}).encode()
+    with socket.create_server(("127.0.0.1", 0)) as sock, ThreadPoolExecutor(1) as threads:
+
+        def serve_half():
+            connection, _ = sock.accept()
+            with connection:
+                received = connection.recv(1 << 16)
+                connection.sendall(ANSWERS["one that ends early"][0].replace(b"{facts}", facts))
+                while part := connection.recv(1 << 16):
+                    received += part
+                return received
+
+        serving = threads.submit(serve_half)
+        client = client_of(f"http://127.0.0.1:{sock.getsockname()[1]}", timeouts=Timeouts(connect_s=1.0, stall_s=0.3))
+        began_s = time.monotonic()
+        assert client.fetch(job) is None
+        assert time.monotonic() - began_s < 3.0
+        assert serving.result().startswith(b"POST /v1/decode")
+    assert "TimeoutError" in client.counts.last_failure
 
 
 def test_changed_pixels_are_noticed(start_server, write, monkeypatch):
@@ -189,7 +246,7 @@ def test_hedging_waits_for_what_is_usual_and_stays_within_its_share(write):
 
 def test_a_closed_client_ends_its_waits(start_server, write):
     server = start_server(num_workers=1, queue_jobs=0)
-    slow = clip_job(write("sleep 0.2"), 10)
+    slow = clip_job(write("sleep 0.2"), 4)
     with ThreadPoolExecutor(1) as threads:
         blocking = threads.submit(post, server.url, slow)
         wait_until(lambda: server.pool.running)
