@@ -10,7 +10,7 @@ import pytest
 
 from megatron_keye.io_server.attempts import Timeouts
 from megatron_keye.io_server.client import ByteCredits, HedgeClock, Poisonous
-from tests.unit.io_server.serving import as_bytes, client_of, clip_job, expected, job_for, post, wait_until
+from tests.unit.io_server.serving import RunningServer, as_bytes, client_of, clip_job, expected, job_for, post, wait_until
 
 
 def first_choice(client, job):
@@ -23,6 +23,15 @@ def in_order(job, servers):
     return sorted(servers, key=lambda server: urls.index(server.url))
 
 
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory):
+    """Two servers that last, for tests that leave them as they were."""
+    servers = [RunningServer(tmp_path_factory.getbasetemp(), num_workers=1, queue_jobs=32) for _ in range(2)]
+    yield servers
+    for server in servers:
+        server.close()
+
+
 @pytest.fixture
 def listener():
     """A socket that accepts connections in its backlog and never answers; its URL."""
@@ -30,9 +39,8 @@ def listener():
         yield f"http://127.0.0.1:{sock.getsockname()[1]}"
 
 
-def test_results_are_the_servers_bytes_whatever_their_number_at_a_time(start_server, write):
-    server = start_server(num_workers=2, queue_jobs=32)
-    client = client_of(server.url, requests=8)
+def test_results_are_the_servers_bytes_whatever_their_number_at_a_time(pair, write):
+    client = client_of(*(server.url for server in pair), requests=8)
     paths = [write(f"picture {number}") for number in range(24)]
     with ThreadPoolExecutor(8) as threads:
         answers = list(threads.map(lambda path: client.fetch(clip_job(path, 1 + len(path.name) % 3)), paths))
@@ -86,10 +94,10 @@ def test_a_busy_server_is_waited_for(start_server, write):
     assert client.counts.values["busy"] > 0
 
 
-def test_a_slow_server_is_hedged_and_the_loser_stops(start_server, write):
+def test_a_slow_server_is_hedged_and_the_loser_stops(pair, write):
     path = write("sleep 0.05")
     job = clip_job(path, 20)
-    first, second = in_order(job, [start_server(), start_server()])
+    first, second = in_order(job, pair)
     post(second.url, job)  # which now has the answer, as if it were the faster machine
     client = client_of(first.url, second.url, hedge_after_s=0.2)
     answer = client.fetch(job)
@@ -98,9 +106,8 @@ def test_a_slow_server_is_hedged_and_the_loser_stops(start_server, write):
     wait_until(lambda: first.pool.counts["cancelled"] == 1 and not first.pool.running)
 
 
-def test_a_server_that_hangs_is_hedged_then_left_alone(start_server, listener, write):
-    server = start_server()
-    client = client_of(listener, server.url, hedge_after_s=0.1)
+def test_a_server_that_hangs_is_hedged_then_left_alone(pair, listener, write):
+    client = client_of(listener, pair[0].url, hedge_after_s=0.1)
     path = next(p for p in (write(f"picture {n}") for n in range(50)) if first_choice(client, job_for(p)) == listener)
     assert as_bytes(client.fetch(job_for(path))) == expected(job_for(path), path)
     assert client.counts.values["hedge_won"] == 1
@@ -186,28 +193,27 @@ def test_an_answer_that_stops_coming_is_given_up(write):
     assert "TimeoutError" in client.counts.last_failure
 
 
-def test_changed_pixels_are_noticed(start_server, write, monkeypatch):
-    server = start_server()
+def test_changed_pixels_are_noticed(pair, write, monkeypatch):
     job = job_for(write("picture"))
     monkeypatch.setattr("megatron_keye.io_server.attempts.zlib.crc32", lambda data: 1)
-    client = client_of(server.url)
+    client = client_of(pair[0].url)
     assert client.fetch(job) is None
     assert "checksum" in client.counts.last_failure
 
 
-def test_a_damaged_medium_is_asked_for_once(start_server, write):
+def test_a_damaged_medium_is_asked_for_once(pair, write):
     job = job_for(write("corrupt"))
-    client = client_of(start_server().url, start_server().url)
+    client = client_of(*(server.url for server in pair))
     assert client.fetch(job) is None
     assert client.counts.values == {"failed": 1, "confirmed_here": 1}
 
 
-def test_a_medium_that_kills_decoders_is_kept_from_the_caller(start_server, write):
+def test_a_medium_that_kills_decoders_is_kept_from_the_caller(pair, write):
     job = job_for(write("crash"))
     with pytest.raises(Poisonous, match="2 servers"):
-        client_of(start_server().url, start_server().url).fetch(job)
+        client_of(*(server.url for server in pair)).fetch(job)
     # One server's word is not enough.
-    assert client_of(start_server().url).fetch(job) is None
+    assert client_of(pair[0].url).fetch(job) is None
 
 
 def test_byte_credits_bound_what_is_on_its_way_and_let_one_large_result_through():
