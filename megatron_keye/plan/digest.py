@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from megatron_keye.plan.assignment import Assignment
 from megatron_keye.plan.types import ReplicaPlan, StepPlan
 
 LEDGER_START = bytes(32)
@@ -18,6 +19,14 @@ def plan_digest(plan: StepPlan) -> bytes:
     for replica in plan.replicas:
         _encode_replica(replica, numbers)
     return hashlib.sha256(_int64_bytes(numbers)).digest()
+
+
+def assignment_digest(step: int, members: Sequence[int], assignment: Assignment) -> bytes:
+    """32 bytes (SHA-256) that differ whenever a step's samples, or their replicas and microbatches, do: all that a replica's plan
+    follows from besides the settings."""
+    rows = [] if assignment.row is None else assignment.row
+    numbers = np.concatenate([[step, assignment.num_rows, len(members), len(rows)], members, assignment.replica, rows])
+    return hashlib.sha256(numbers.astype("<i8").tobytes()).digest()
 
 
 def ledger_digest(previous: bytes, members: Sequence[int]) -> bytes:

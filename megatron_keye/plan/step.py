@@ -107,15 +107,37 @@ def shape_costs(shapes: SampleShapes, samples: np.ndarray, cost: CostModel) -> n
 
 def place_members(members: Sequence[int], shapes: SampleShapes, settings: PlanSettings) -> tuple[ReplicaPlan, ...]:
     """Placement of a step's samples: one plan per replica, all with the same number of rows."""
+    assignment = assign_samples(step_costs(members, shapes, settings), assignment_rules(settings))
+    return tuple(replica_plan(members, shapes, assignment, replica, settings) for replica in range(settings.num_replicas))
+
+
+def step_costs(members: Sequence[int], shapes: SampleShapes, settings: PlanSettings) -> StepCosts:
+    """What the assignment of a step looks at, one sample at a time; `SampleTable.step_costs` does it for all at once.
+
+    Raises PlanError when a sample does not fit a row.
+    """
     items = [_item(slot, sample, shapes[sample], settings) for slot, sample in enumerate(members)]
-    costs = StepCosts(
+    return StepCosts(
         tokens=np.array([item.padded_tokens for item in items], np.int64),
         patches=np.array([item.shape.num_patches for item in items], np.int64),
         decoder=np.array([item.decoder_cost for item in items], np.int64),
         vision=np.array([item.vision_cost for item in items], np.int64),
     )
-    assignment = assign_samples(costs, assignment_rules(settings))
-    return tuple(_replica_plan(items, assignment, replica, settings) for replica in range(settings.num_replicas))
+
+
+def replica_plan(
+    members: Sequence[int], shapes: SampleShapes, assignment: Assignment, replica: int, settings: PlanSettings
+) -> ReplicaPlan:
+    """One replica's plan: the only part of placement that looks at its samples one by one, and at nobody else's."""
+    slots = np.flatnonzero(assignment.replica == replica).tolist()
+    own = [_item(slot, members[slot], shapes[members[slot]], settings) for slot in slots]
+    if assignment.row is None:
+        rows = pack_rows(own, assignment.num_rows, settings.seq_length_tokens, settings.pad_multiple_tokens)
+    else:
+        rows = rows_of(own, assignment.row[slots].tolist(), assignment.num_rows, settings.pad_multiple_tokens)
+    speeds = [settings.speeds[replica][rank] for rank in settings.encoders] if settings.speeds else None
+    tasks = place_segments(rows, settings.encoders, settings.patches_per_round, settings.cost, speeds)
+    return ReplicaPlan(rows, tasks, num_rounds=1 + max((task.round for task in tasks), default=-1))
 
 
 def assignment_rules(settings: PlanSettings) -> AssignmentRules:
@@ -172,18 +194,6 @@ def _item(slot: int, sample: int, shape: SampleShape, settings: PlanSettings) ->
         )
     cost = settings.cost.sample_cost(shape, padded_tokens)
     return Item(slot, sample, shape, padded_tokens, cost.decoder, cost.vision)
-
-
-def _replica_plan(items: Sequence[Item], assignment: Assignment, replica: int, settings: PlanSettings) -> ReplicaPlan:
-    slots = np.flatnonzero(assignment.replica == replica).tolist()
-    own = [items[slot] for slot in slots]
-    if assignment.row is None:
-        rows = pack_rows(own, assignment.num_rows, settings.seq_length_tokens, settings.pad_multiple_tokens)
-    else:
-        rows = rows_of(own, assignment.row[slots].tolist(), assignment.num_rows, settings.pad_multiple_tokens)
-    speeds = [settings.speeds[replica][rank] for rank in settings.encoders] if settings.speeds else None
-    tasks = place_segments(rows, settings.encoders, settings.patches_per_round, settings.cost, speeds)
-    return ReplicaPlan(rows, tasks, num_rounds=1 + max((task.round for task in tasks), default=-1))
 
 
 def _row_cost(row: Row, cost: CostModel) -> int:
