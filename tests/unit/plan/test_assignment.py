@@ -85,6 +85,16 @@ def test_each_barrier_makes_its_own_time_short(seed):
     assert times["step"]["phase"] > times["phase"]["phase"]
 
 
+@pytest.mark.parametrize("seed", range(10))
+def test_rows_are_never_overfull(seed):
+    """Long-tailed samples, where room runs out before the level of cost does."""
+    costs = skewed(400, seed)
+    assignment = assign_samples(costs, AssignmentRules(4, SEQ, 1, "microbatch"))
+    assert rows_by_replica(costs.tokens, assignment, 4).max() <= SEQ
+    # A level that could not be reached for want of room shows that the limit was at work.
+    assert rows_by_replica(costs.tokens, assignment, 4).max() > 0.9 * SEQ
+
+
 def test_microbatches_fall_in_cost():
     costs = skewed(512, 1)
     assignment = assign_samples(costs, AssignmentRules(8, SEQ, 1, "microbatch"))

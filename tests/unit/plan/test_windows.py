@@ -54,7 +54,9 @@ def run(membership, progress, steps, batch, lookahead):
 
 def until_closed(membership, progress, batch, lookahead):
     taken = []
-    while progress.stretches:
+    for _ in range(1000):
+        if not progress.stretches:
+            break
         members, progress = run(membership, progress, 1, batch, lookahead)
         taken += members
     return taken, progress
@@ -133,6 +135,17 @@ def test_more_left_than_a_new_window_holds():
     more, progress = run(membership, progress, 6, 3, Lookahead(2, 1, 200, OTHER_COST))
     assert sorted(position for members in taken + more for position in members) == list(range(34))
     assert progress == Progress(34)
+
+
+def test_what_two_changes_left_comes_in_order():
+    """16 are left of a first window; a second takes 6 of them and is left open as well; the rest comes as it lay."""
+    membership = fresh()
+    taken, progress = run(membership, Progress(), 2, 8, Lookahead(4, 4, 200, COST))
+    more, progress = run(membership, progress, 1, 3, Lookahead(2, 1, 200, COST))
+    left = sorted(set(range(32)) - {position for members in taken + more for position in members})
+    last, progress = run(membership, progress, 13, 1, Lookahead())
+    assert [position for members in last for position in members] == left
+    assert progress == Progress(32)
 
 
 @pytest.mark.parametrize("steps", range(1, 9))
