@@ -37,7 +37,7 @@ TASKS = (
     Task("copy", 2, text_tasks.copy, chance=0.0),
     Task("add", 2, text_tasks.add, chance=max(_WAYS_TO_SUM.values()) / text_tasks.MAX_TERM**2),
     Task("fact", 2, text_tasks.fact, chance=1 / len(COLOURS)),
-    Task("story", 8, clip_tasks.story, clip_tasks.STORY_CHOICES),
+    Task("story", 8, clip_tasks.story, clip_tasks.ORDER_CHOICES),
     Task("caption", 5, text_tasks.caption),
     Task("album", 3, text_tasks.album, (2, 3)),
     Task("sentences", 3, text_tasks.sentences),

@@ -76,18 +76,11 @@ def test_every_question_has_one_answer(train, valid):
     assert all(len(found) == 1 for found in answers.values())
 
 
-@pytest.mark.parametrize("name", ["colour", "shape", "count", "motion", "time"])
+@pytest.mark.parametrize("name", ["colour", "shape", "count", "motion", "time", "order"])
 def test_answers_are_balanced(train, name):
     counts = Counter(example.answer for example in of_task(train, name))
-    assert max(counts.values()) - min(counts.values()) <= 1
-
-
-def test_order_is_balanced_for_each_question():
-    """Over a whole round of choices, each of first and last has every colour for an answer equally often."""
-    rounds = Counter(
-        (asked, clip_tasks.order(Random(0), (first, second, asked)).answer) for first, second, asked in clip_tasks.ORDER_CHOICES
-    )
-    assert len(rounds) == 2 * len(clip_tasks.CLIP_COLOURS) and len(set(rounds.values())) == 1
+    choices = next(len(task.choices) for task in TASKS if task.name == name)
+    assert max(counts.values()) - min(counts.values()) <= choices / len(counts)
 
 
 def test_a_blind_guess_is_no_better_than_chance(train):
@@ -119,7 +112,7 @@ def test_pictures_keep_a_step_cheap(train):
                 num_tokens = round(part.width / 28) * round(part.height / 28)
                 assert MIN_PICTURE_TOKENS <= num_tokens <= MAX_PICTURE_TOKENS
             if isinstance(part, Clip):
-                assert 4 <= int(part.num_frames / part.frames_per_s * 2) <= 6
+                assert 4 <= int(part.num_frames / part.frames_per_s * 2) <= 5
                 assert part.width % 2 == part.height % 2 == 0
 
 
@@ -189,14 +182,14 @@ def test_motion_goes_the_way_of_the_answer_and_stays_in_view(choice):
 @pytest.mark.parametrize("choice", clip_tasks.ORDER_CHOICES)
 def test_both_events_are_among_the_sampled_frames(choice):
     """At two frames a second, each colour is seen twice or more, one after the other."""
-    first, second, asked = choice
+    first, second = choice
     for seed in range(10):
         example = clip_tasks.order(Random(seed), choice)
         seen = _sampled_colours(example.parts[0])
         num_first = seen.count(first)
         assert seen == [first] * num_first + [second] * (len(seen) - num_first)
         assert 2 <= num_first <= len(seen) - 2
-        assert example.answer == (first if asked == "first" else second)
+        assert example.answer == first
 
 
 @pytest.mark.parametrize("choice", clip_tasks.TIME_CHOICES)
