@@ -113,12 +113,14 @@ def measure_pair(
 
 
 def overload(client: MediaClient, jobs: list[DecodeJob]) -> list[float]:
-    """Seconds until each of many requests at once was answered; they are made to differ, so that none rides on another."""
+    """Seconds until each of many requests at once was answered; each is for a name of its own, so that none rides on another."""
 
     def fetch(number: int) -> float:
         job = jobs[number % len(jobs)]
+        name = Path(f"{job.path}.{number}")
+        name.hardlink_to(job.path)
         began_s = time.perf_counter()
-        answer = client.fetch(job.model_copy(update={"frames": job.frames[: -1 - number], "fast": job.fast[: -1 - number]}))
+        answer = client.fetch(job.model_copy(update={"path": str(name)}))
         return time.perf_counter() - began_s if answer is not None else float("inf")
 
     with ThreadPoolExecutor(OVERLOAD_REQUESTS) as threads:

@@ -1,5 +1,6 @@
 """Asking a fleet of servers for one result: retries, hedging, back-pressure, and when to give up."""
 
+import random
 import threading
 import time
 from collections import Counter, deque
@@ -175,7 +176,8 @@ class _Fetch:
             return True
         if not self._servers or self._failed >= MAX_ATTEMPTS:
             return False
-        server = min(self._servers, key=lambda s: s.breaker.busy_until_s)
+        now_s = time.monotonic()
+        server = min(self._servers, key=lambda s: max(s.breaker.busy_until_s, now_s))
         pause_s = server.breaker.busy_until_s - time.monotonic()
         if pause_s > 0 and (time.monotonic() + pause_s >= self._deadline_s or self._client._closing.wait(pause_s)):
             return False
@@ -231,7 +233,7 @@ class _Fetch:
         if code == "busy":
             self._client.counts.add("busy")
             breaker.succeeded()
-            breaker.busy(error.retry_after_s)
+            breaker.busy(error.retry_after_s * random.uniform(0.5, 1.0))  # or all would come back together
             self._servers.append(server)
             return
         self._client.counts.failure(str(error))

@@ -2,8 +2,11 @@
 
 import asyncio
 import json
+import resource
+import socket
 import sys
 import time
+import traceback
 from collections.abc import Awaitable
 from contextlib import suppress
 from dataclasses import dataclass
@@ -29,8 +32,10 @@ from megatron_keye.io_server.registry import RENEW_S, remove_lease, write_lease
 from megatron_keye.io_server.results import Result, Results
 from megatron_keye.io_server.slabs import Slab, SlabBudget
 
+MAX_OPEN_FILES = 1 << 16
 MAX_CONNECTIONS = 1024
 LOOPBACK = frozenset({"127.0.0.1", "::1", "localhost"})
+ALL_ADDRESSES = frozenset({"0.0.0.0", "::"})
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,7 +51,7 @@ class ServerSettings:
     secret: bytes | None = None
     registry: Path | None = None
     advertise: str | None = None
-    """Host name by which others reach this server; None takes `host`."""
+    """Host name by which others reach this server; None takes `host`, or this machine's name where that means all addresses."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,7 +72,10 @@ class Front:
             )
         self._settings = settings
         self._pool = WorkerPool(settings.pool)
-        self._budget = SlabBudget(settings.memory_bytes)
+        open_files = _raise_open_files()
+        # Results, connections, workers: none may take the files of the others.
+        self._max_connections = min(MAX_CONNECTIONS, open_files // 4)
+        self._budget = SlabBudget(settings.memory_bytes, limit_slabs=open_files // 2)
         self._results = Results(self._budget)
         self._metrics = Metrics()
         self._connections: set[asyncio.Task] = set()
@@ -109,7 +117,8 @@ class Front:
         except OSError as error:
             raise KeyeError(f"cannot listen on {settings.host}:{settings.port}: {error.strerror or error}") from error
         port = server.sockets[0].getsockname()[1]
-        self.url = f"http://{settings.advertise or settings.host}:{port}"
+        name = settings.advertise or (socket.gethostname() if settings.host in ALL_ADDRESSES else settings.host)
+        self.url = f"http://[{name}]:{port}" if ":" in name else f"http://{name}:{port}"
         return server
 
     async def _drain(self) -> None:
@@ -134,7 +143,7 @@ class Front:
         self._connections.add(task)
         connection = Connection(reader, writer, MAX_REQUEST_BYTES)
         try:
-            if len(self._connections) <= MAX_CONNECTIONS:
+            if len(self._connections) <= self._max_connections:
                 await self._converse(connection)
         except (Gone, asyncio.CancelledError):
             self._metrics.add("connections_dropped_total")
@@ -189,7 +198,11 @@ class Front:
             if request.method == "POST" and request.path == DECODE_PATH:
                 return await self._decode(request)
             raise Refused("not_found", f"expected POST {DECODE_PATH}, GET {HEALTH_PATH} or GET {METRICS_PATH}")
-        except Refused as error:
+        except Exception as fault:
+            error = fault
+            if not isinstance(fault, Refused):  # a mistake in this program costs one request as well
+                traceback.print_exc()
+                error = Refused("internal", f"{type(fault).__name__}: {fault}")
             self._metrics.add("refused_total", error=error.code)
             if error.code not in ("busy", "draining"):
                 self._log("refused", error=error.code, message=str(error))
@@ -237,6 +250,15 @@ class Front:
 
     def _log(self, event: str, **facts: object) -> None:
         print(json.dumps({"time": round(time.time(), 3), "event": event, **facts}), file=sys.stderr, flush=True)
+
+
+def _raise_open_files() -> int:
+    """Allow this process as many open files as it may ask for; how many that are."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    most = MAX_OPEN_FILES if hard == resource.RLIM_INFINITY else min(hard, MAX_OPEN_FILES)
+    if soft != resource.RLIM_INFINITY and soft < most:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
+    return most
 
 
 def _refusal(error: Refused) -> Answer:

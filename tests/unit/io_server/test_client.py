@@ -151,6 +151,14 @@ ANSWERS = {
 }
 
 
+def read_request(connection: socket.socket) -> bytes:
+    """A whole request: its JSON ends with a brace, and nothing before it does."""
+    received = b""
+    while not received.endswith(b"}"):
+        received += connection.recv(1 << 16)
+    return received
+
+
 @pytest.mark.parametrize(("answer", "problem"), ANSWERS.values(), ids=ANSWERS)
 def test_an_answer_that_cannot_be_believed_is_a_failure_of_the_server(write, answer, problem):
     job = job_for(write("picture"))
@@ -160,7 +168,7 @@ def test_an_answer_that_cannot_be_believed_is_a_failure_of_the_server(write, ans
         def serve_once():
             connection, _ = sock.accept()
             with connection:
-                connection.recv(1 << 16)
+                read_request(connection)
                 connection.sendall(answer.replace(b"{facts}", facts))
 
         serving = threads.submit(serve_once)
@@ -178,7 +186,7 @@ def test_an_answer_that_stops_coming_is_given_up(write):
         def serve_half():
             connection, _ = sock.accept()
             with connection:
-                received = connection.recv(1 << 16)
+                received = read_request(connection)
                 connection.sendall(ANSWERS["one that ends early"][0].replace(b"{facts}", facts))
                 while part := connection.recv(1 << 16):
                     received += part

@@ -318,6 +318,20 @@ def test_a_reader_that_stops_is_cut_off(start_server, write, monkeypatch):
         wait_until(lambda: not server.front._connections, timeout_s=5.0)
 
 
+def test_a_mistake_in_the_server_costs_one_request(start_server, write, monkeypatch, capfd):
+    server = start_server()
+    path = write("good")
+    with monkeypatch.context() as patch:
+        patch.setattr("megatron_keye.io_server.front.parse_job", lambda text: 1 // 0)
+        assert error_of(post(server.url, job_for(path))) == (500, "internal")
+    assert is_well(server, path)
+    assert "ZeroDivisionError" in capfd.readouterr().err
+
+
+def test_a_server_on_all_addresses_announces_the_name_of_its_machine(start_server):
+    assert start_server(host="0.0.0.0", secret=SECRET).url.startswith(f"http://{socket.gethostname()}:")
+
+
 @pytest.mark.parametrize("case", ["none", "other secret", "other body", "expired", "from the future", "nonsense"])
 def test_a_token_must_be_right(start_server, write, case):
     server = start_server(secret=SECRET)

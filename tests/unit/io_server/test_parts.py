@@ -116,9 +116,9 @@ def test_leases_run_out_and_half_written_ones_are_passed_over(tmp_path, monkeypa
 
 
 def test_a_slab_gives_its_bytes_back_and_cannot_be_changed_once_frozen():
-    budget = SlabBudget(1000)
+    budget = SlabBudget(1000, limit_slabs=9)
     slab = budget.allocate(600)
-    with pytest.raises(Refused, match="in use") as caught:
+    with pytest.raises(Refused, match="take 600 of 1000 bytes") as caught:
         budget.allocate(500)
     assert caught.value.code == "busy"
     with pytest.raises(Refused, match="--memory-mib") as caught:
@@ -142,9 +142,21 @@ async def made(slab):
     return 7
 
 
+def test_the_number_of_results_is_bounded_like_their_bytes():
+    async def scenario():
+        results = Results(budget := SlabBudget(1 << 30, limit_slabs=5))
+        for number in range(20):
+            await results.get(bytes([number]), 100, made, keep=True)
+            assert budget.used_slabs <= 5
+        await results.get(bytes([19]), 100, made, keep=True)
+        assert results.hits == 1
+
+    asyncio.run(scenario())
+
+
 def test_the_least_recently_used_result_makes_room():
     async def scenario():
-        results = Results(SlabBudget(300))
+        results = Results(SlabBudget(300, limit_slabs=9))
         for key in (b"a", b"b", b"c"):
             await results.get(key, 100, made, keep=True)
         await results.get(b"a", 100, made, keep=True)
@@ -160,7 +172,7 @@ def test_the_least_recently_used_result_makes_room():
 
 def test_one_that_leaves_does_not_take_the_result_from_the_others_and_the_last_ends_it():
     async def scenario():
-        results, release, outcomes = Results(SlabBudget(300)), asyncio.Event(), []
+        results, release, outcomes = Results(SlabBudget(300, limit_slabs=9)), asyncio.Event(), []
 
         async def slow(slab):
             try:
@@ -193,7 +205,7 @@ def test_one_that_leaves_does_not_take_the_result_from_the_others_and_the_last_e
 
 def test_a_failure_is_told_to_all_and_not_kept():
     async def scenario():
-        results, calls = Results(SlabBudget(300)), []
+        results, calls = Results(SlabBudget(300, limit_slabs=9)), []
 
         async def failing(slab):
             calls.append(1)
