@@ -1,12 +1,17 @@
 """Pixels from a real server against pixels decoded here: the same bytes, or the same error, whatever happens in between."""
 
+import random
+
 import numpy as np
 import pytest
 
 from megatron_keye.config.load import load_config
 from megatron_keye.config.schema import DataConfig, MediaConfig
 from megatron_keye.data.dataset import Dataset
+from megatron_keye.data.items import iter_patches
 from megatron_keye.data.media.video import DECODER_ID
+from megatron_keye.data.shards import read_span
+from megatron_keye.data.stored import StoredMedium
 from megatron_keye.errors import DataError, SettingsError
 from megatron_keye.io_server.remote import RemotePixels, connect, job_of
 from tests.unit.io_server.serving import error_of, post
@@ -116,6 +121,51 @@ def test_a_text_named_mp4_opens_no_other_file(indexed, tokenizer, real, tmp_path
     (disguised := tmp_path / "clip.mp4").write_text(text.format(other="other.mp4"))
     changes = dict(path=str(disguised), offset=0, num_bytes=disguised.stat().st_size, sha256=None)
     assert error_of(post(real.url, job.model_copy(update=changes))) == (422, "corrupt")
+
+
+def damaged(blob: bytes, seed: int) -> bytes:
+    """Cut off, bits flipped, or a stretch blanked."""
+    rng = random.Random(seed)
+    if seed % 3 == 0:
+        return blob[: rng.randrange(1, len(blob))]
+    changed = bytearray(blob)
+    if seed % 3 == 1:
+        for _ in range(rng.randint(1, 8)):
+            changed[rng.randrange(len(blob))] ^= 1 << rng.randrange(8)
+    else:
+        at = rng.randrange(len(blob))
+        changed[at : at + 200] = bytes(len(changed[at : at + 200]))
+    return bytes(changed)
+
+
+def outcome_here(medium: StoredMedium, blob: bytes) -> bytes | None:
+    try:
+        return b"".join(p.tobytes() for p in iter_patches(medium.item, medium.resolved.sizes, blob, medium.variant))
+    except DataError:
+        return None
+
+
+def test_hundreds_of_damaged_files_end_there_as_they_end_here(indexed, tokenizer, real, tmp_path):
+    dataset, _ = open_set(indexed[VARIANTS[0]], tokenizer, VARIANTS[0])
+    media = [medium for sample in range(len(dataset)) for medium in dataset.stored_media(sample)]
+    kinds = [next(m for m in media if m.item.frames is None), *[m for m in media if m.item.frames is not None][:2]]
+    path, started = tmp_path / "damaged", real.pool.counts["started"]
+    refused = 0
+    for seed in range(300):
+        medium = kinds[seed % 2 + (seed % 4 == 3)]
+        blob = damaged(read_span(medium.shard, medium.span), seed)
+        path.write_bytes(blob)
+        changes = dict(path=str(path), offset=0, num_bytes=len(blob), sha256=None)
+        answer = post(real.url, job_of(medium, real.front._decoder_id).model_copy(update=changes))
+        here = outcome_here(medium, blob)
+        if here is None:
+            assert error_of(answer) == (422, "corrupt"), seed
+            refused += 1
+        else:
+            assert answer[0] == 200, seed
+            assert answer[2] == here, seed
+    assert refused > 100
+    assert real.pool.counts["started"] == started
 
 
 def test_a_header_that_promises_a_giant_picture_is_refused(indexed, tokenizer, real, tmp_path):
