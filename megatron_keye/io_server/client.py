@@ -224,6 +224,8 @@ class _Fetch:
         counts.add("remote")
         if is_hedge:
             counts.add("hedge_won")
+            for _, slower, _ in self._running.values():  # which may be hung: hedges are too few to find out every time
+                slower.breaker.failed()
         self._client._hedge.record(self._job, time.monotonic() - self._began_s)
         return answer
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from megatron_keye.train.run_dir import RunDir
-from tests.tiny import losses, train
+from tests.tiny import losses, read_lines, train
 from tests.unit.io_server.processes import ServerProcess
 
 
@@ -32,12 +32,12 @@ def servers(tiny, tmp_path):
         process.kill()
 
 
-def kill_at(deaths, counts_folder):
-    """A hook that ends servers before steps, {steps done: pid}, and writes down in the end where pixels came from."""
+def signal_at(signals, counts_folder):
+    """A hook that sends signals before steps, {steps done: (pid, signal)}, and writes down in the end where pixels came from."""
 
     def hook(training, phase, finished):
-        if phase == "step" and finished in deaths and training.runtime.groups.rank == 0:
-            os.kill(deaths[finished], signal.SIGKILL)
+        if phase == "step" and finished in signals and training.runtime.groups.rank == 0:
+            os.kill(*signals[finished])
         if phase == "save" and finished == 6:
             values = training._media.client.counts.values
             (counts_folder / f"counts{training.runtime.groups.rank}.json").write_text(json.dumps(values))
@@ -45,18 +45,35 @@ def kill_at(deaths, counts_folder):
     return hook
 
 
-def test_servers_that_die_one_after_the_other_change_nothing(tiny, local, servers, tmp_path):
-    media = (f"data.media.registry={tmp_path / 'registry'}", f"data.media.secret_file={tmp_path / 'secret'}")
-    config = tiny.config(*media, "data.prefetch_steps=0")
-    path = tmp_path / "remote"
-    weights = train("dp2", config, path, kill_at({2: servers[0].pid, 4: servers[1].pid}, tmp_path))
+def run_with_servers(tiny, folder, signals, *overrides):
+    """The run's folder, its weights, and where the pixels of each rank came from."""
+    media = (f"data.media.registry={folder / 'registry'}", f"data.media.secret_file={folder / 'secret'}")
+    config = tiny.config(*media, "data.prefetch_steps=0", *overrides)
+    weights = train("dp2", config, folder / "remote", signal_at(signals, folder))
+    return folder / "remote", weights, [json.loads((folder / f"counts{rank}.json").read_text()) for rank in range(2)]
+
+
+def assert_same_run(path, weights, local):
     local_path, local_weights = local
     assert losses(path) == losses(local_path)
     assert RunDir(path).ledger.read_text() == RunDir(local_path).ledger.read_text()
     assert weights.keys() == local_weights.keys()
     assert all(torch.equal(weight, local_weights[name]) for name, weight in weights.items())
-    for rank in range(2):
-        counts = json.loads((tmp_path / f"counts{rank}.json").read_text())
+
+
+def test_servers_that_die_one_after_the_other_change_nothing(tiny, local, servers, tmp_path):
+    deaths = {2: (servers[0].pid, signal.SIGKILL), 4: (servers[1].pid, signal.SIGKILL)}
+    path, weights, counts_by_rank = run_with_servers(tiny, tmp_path, deaths)
+    assert_same_run(path, weights, local)
+    for counts in counts_by_rank:
         assert counts["remote"] > 0
         assert counts["local"] > 0
         assert counts["failed"] > 0
+
+
+def test_a_server_that_hangs_changes_nothing_and_costs_little(tiny, local, servers, tmp_path):
+    hang = {2: (servers[0].pid, signal.SIGSTOP)}
+    path, weights, counts_by_rank = run_with_servers(tiny, tmp_path, hang, "data.media.hedge_after_s=0.2", "data.media.deadline_s=2.0")
+    assert_same_run(path, weights, local)
+    assert sum(counts["hedged"] for counts in counts_by_rank if "hedged" in counts) > 0
+    assert max(line["data_wait_s"] for line in read_lines(RunDir(path).metrics)) < 15.0
