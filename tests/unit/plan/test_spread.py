@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_keye.plan.balance import imbalance
-from megatron_keye.plan.spread import common_scale, exact_sum, lower_bound, slowness_of, spread, sum_by_bin
+from megatron_keye.plan.spread import common_scale, exact_sum, improve, lower_bound, slowness_of, spread, sum_by_bin
 
 
 def int64(values):
@@ -98,6 +98,22 @@ def test_capacities_hold_where_there_is_room(seed):
     assert sum_by_bin(limited, sizes, 8).max() <= capacity
     assert sum_by_bin(free, sizes, 8).max() > capacity
     assert imbalance(loads_of(costs, limited, 8)) < 1.02
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_improving_keeps_the_capacity(seed):
+    """From full bins of very unequal cost, where the best exchanges would overfill one."""
+    rng = np.random.default_rng(seed)
+    bins, sizes = np.arange(80) % 4, np.where(np.arange(80) % 4, rng.integers(1, 30, 80), 15)
+    costs = np.where(bins == 0, 50 * sizes, sizes)
+    capacity = int(sum_by_bin(bins, sizes, 4).max()) + 3
+    items = (costs, np.zeros(80, np.int64), sizes)
+    loads = tuple(sum_by_bin(bins, values, 4) for values in items)
+    before = loads[0].max()
+    improve(items, loads, capacity, slowness_of(None, 4), bins, 0)
+    assert sum_by_bin(bins, sizes, 4).max() <= capacity
+    assert [load.tolist() for load in loads] == [sum_by_bin(bins, values, 4).tolist() for values in items]
+    assert loads[0].max() < 0.8 * before
 
 
 def test_items_that_fit_nowhere_go_to_the_emptiest_bin():
