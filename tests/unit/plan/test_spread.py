@@ -116,6 +116,17 @@ def test_improving_keeps_the_capacity(seed):
     assert loads[0].max() < 0.8 * before
 
 
+def test_the_bin_that_is_relieved_is_not_overfilled_either():
+    """Its small dear items would be swapped for the large cheap ones of the others, which hold more than the capacity from the start."""
+    bins = np.arange(80) % 4
+    costs, sizes = np.where(bins == 0, 500 + np.arange(80), 1), np.where(bins == 0, 5, 25)
+    items = (costs, np.zeros(80, np.int64), sizes)
+    loads = tuple(sum_by_bin(bins, values, 4) for values in items)
+    improve(items, loads, 130, slowness_of(None, 4), bins, 0)
+    assert 100 < loads[2][0] <= 130
+    assert loads[2][1:].max() <= 500
+
+
 def test_items_that_fit_nowhere_go_to_the_emptiest_bin():
     assert sorted(spread([int64([5, 4, 3])], 2, int64([10, 10, 10]), 12).tolist()) in ([0, 0, 1], [0, 1, 1])
 
