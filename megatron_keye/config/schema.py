@@ -162,6 +162,18 @@ class MediaConfig(Section):
     """Longest pause while an answer arrives."""
 
 
+class LookaheadConfig(Section):
+    """Several global batches planned together, so that giant samples meet in few steps. Decides which samples a step holds; the
+    layout never does."""
+
+    batches: Positive = 1
+    """1 takes the next samples of the order for each step; 8 to 16 pay where single samples are dearer than a step's mean."""
+    canonical_replicas: Positive = 1
+    """The replica count that steps are made for, whatever runs: the largest that the run may be scaled to."""
+    growth_percent: Annotated[int, Field(ge=100)] = 200
+    """The most work in one step, in percent of the mean step."""
+
+
 class DataConfig(Section):
     """Where samples come from and how they fill steps."""
 
@@ -177,6 +189,7 @@ class DataConfig(Section):
     """Every document is padded at its end to this multiple: of 2 * cp * tp of every layout the run may use."""
     global_batch_samples: Positive
     """Samples of one optimizer step."""
+    lookahead: LookaheadConfig = LookaheadConfig()
     image: ImageConfig = ImageConfig()
     video: VideoConfig = VideoConfig()
     prefetch_steps: NonNegative = 2

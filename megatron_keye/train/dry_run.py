@@ -87,7 +87,7 @@ def _first_plan(config: RunConfig, processes: int) -> str:
     except KeyeError as error:
         return f"first step: cannot be planned here: {error}"
     planner = Planner(config, num_replicas(config, processes))
-    plan, _ = planner.plan(dataset.shapes, Cursor())
+    plan, _ = planner.over(dataset.shapes)(Cursor())
     loads = predicted_loads(plan, planner.settings)
     lines = [
         f"data: {len(dataset):,} samples in {config.data.train}, {len(dataset.rejected)} left out",

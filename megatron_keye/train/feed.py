@@ -98,8 +98,9 @@ class Feed:
     def _prepare_ahead(self, cursor: Cursor) -> None:
         """Runs in the background until closed, or until a step fails: the exception then stands in the queue in its place."""
         try:
+            plan_at = self._planner.over(self._dataset.shapes)
             while True:
-                plan, after = self._planner.plan(self._dataset.shapes, cursor)
+                plan, after = plan_at(cursor)
                 share = plan.replicas[self._groups.coordinate("dp")]
                 pixel_bytes = replica_pixel_bytes(share)
                 check_budgets(plan, self._config)

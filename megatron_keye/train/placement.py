@@ -1,13 +1,14 @@
 """From settings to what the planner asks for: the one place that says which ranks encode and how many rows a schedule wants."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 from megatron_keye.config.schema import RunConfig
 from megatron_keye.parallel.grid import RankGrid
 from megatron_keye.plan.cost import cost_model
 from megatron_keye.plan.cursor import Cursor
-from megatron_keye.plan.step import PlanSettings, SampleShapes, place_members, plan_step, replicate_tasks
+from megatron_keye.plan.lookahead import Lookahead
+from megatron_keye.plan.step import PlanSettings, SampleShapes, StepPlanner, place_members, replicate_tasks
 from megatron_keye.plan.types import ReplicaPlan, StepPlan
 
 
@@ -27,6 +28,9 @@ def encoder_ranks(config: RunConfig) -> tuple[int, ...]:
 
 
 def plan_settings(config: RunConfig, num_replicas: int) -> PlanSettings:
+    """The planner's view of a run. Its costs are FLOPs of the model, never measured, since they decide about membership too."""
+    cost = cost_model(config.model)
+    ahead = config.data.lookahead
     return PlanSettings(
         seed=config.train.seed,
         global_batch_samples=config.data.global_batch_samples,
@@ -36,7 +40,8 @@ def plan_settings(config: RunConfig, num_replicas: int) -> PlanSettings:
         num_replicas=num_replicas,
         encoders=encoder_ranks(config),
         microbatch_multiple=config.parallel.pp if config.parallel.vp > 1 else 1,
-        cost=cost_model(config.model),
+        cost=cost,
+        lookahead=Lookahead(ahead.batches, ahead.canonical_replicas, ahead.growth_percent, cost),
     )
 
 
@@ -47,10 +52,15 @@ class Planner:
         self.settings = plan_settings(config, num_replicas)
         self._replicate_over = encoder_copies(config)
 
-    def plan(self, shapes: SampleShapes, cursor: Cursor) -> tuple[StepPlan, Cursor]:
-        """The plan of the step at `cursor`, and the cursor after it."""
-        plan, after = plan_step(shapes, cursor, self.settings)
-        return replace(plan, replicas=self._replicated(plan.replicas)), after
+    def over(self, shapes: SampleShapes) -> Callable[[Cursor], tuple[StepPlan, Cursor]]:
+        """A function from a cursor to the plan of its step and the cursor after it. Keeps the lookahead windows in use."""
+        steps = StepPlanner(shapes, self.settings)
+
+        def plan_at(cursor: Cursor) -> tuple[StepPlan, Cursor]:
+            plan, after = steps.plan(cursor)
+            return replace(plan, replicas=self._replicated(plan.replicas)), after
+
+        return plan_at
 
     def place(self, members: Sequence[int], shapes: SampleShapes) -> tuple[ReplicaPlan, ...]:
         """Placement alone, of given samples."""

@@ -104,7 +104,7 @@ def test_every_rank_gets_its_part_and_only_leaders_read(tiny, layout):
     plans = [[plan.members for plan, *_ in steps] for _, steps in ranks]
     planner, cursor = Planner(config, 1), Cursor()
     for number in range(NUM_STEPS):
-        plan, cursor = planner.plan(dataset.shapes, cursor)
+        plan, cursor = planner.over(dataset.shapes)(cursor)
         assert {members[number] for members in plans} == {plan.members}
 
 
@@ -126,12 +126,12 @@ def test_a_whole_run_with_validation_reads_on_leaders_alone(tiny, tmp_path):
 def test_the_sample_set_has_several_rounds_and_ranks_without_pictures(tiny):
     """Else the test above would show little."""
     config = tiny.config("data.global_batch_samples=6", "encode.patches_per_round=80")
-    plan, _ = Planner(config, 1).plan(tiny.dataset(config).shapes, Cursor())
+    plan, _ = Planner(config, 1).over(tiny.dataset(config).shapes)(Cursor())
     assert plan.replicas[0].num_rounds > 1
     one = tiny.config("data.global_batch_samples=1")
     planner, cursor, tasks = Planner(one, 1), Cursor(), []
     for _ in range(6):
-        plan, cursor = planner.plan(tiny.dataset(one).shapes, cursor)
+        plan, cursor = planner.over(tiny.dataset(one).shapes)(cursor)
         tasks.append(len(plan.replicas[0].tasks))
     assert 0 in tasks
 
@@ -150,8 +150,8 @@ def failing_steps(config, tiny, failing_rank, error):
     """Steps on a set of which one sample of the second step cannot be decoded on `failing_rank`."""
     runtime = runtime_here(config)
     dataset = tiny.dataset(config)
-    plan, cursor = Planner(config, runtime.groups.grid.dp).plan(dataset.shapes, Cursor())
-    plan, _ = Planner(config, runtime.groups.grid.dp).plan(dataset.shapes, cursor)
+    plan, cursor = Planner(config, runtime.groups.grid.dp).over(dataset.shapes)(Cursor())
+    plan, _ = Planner(config, runtime.groups.grid.dp).over(dataset.shapes)(cursor)
     bad = {document.sample for row in plan.replicas[runtime.groups.coordinate("dp")].rows for document in row.documents}
     pixels = dataset.pixels
 
@@ -272,7 +272,7 @@ def test_the_count_of_supervised_tokens_leaves_out_first_tokens(tiny):
     """A document's first token is nobody's label, wherever it stands in the row."""
     config = tiny.config("data.global_batch_samples=24")
     dataset = tiny.dataset(config)
-    plan, _ = Planner(config, 1).plan(dataset.shapes, Cursor())
+    plan, _ = Planner(config, 1).over(dataset.shapes)(Cursor())
     loader = ReplicaLoader(dataset, pad_id=PAD, threads=1, skip_bad=False)
     data = loader.load(plan.replicas[0])
     loader.close()
