@@ -4,7 +4,7 @@ A checkpoint is a folder `step_00000123` of one safetensors file per rank and a 
 owns, as rectangles of canonical tensors, so no rank gathers anything and any layout can read it. It is written under a
 hidden name, flushed to disk, and becomes visible by one rename.
 
-Why not Megatron's `dist_checkpointing`: 0.16.1 can store irregular rectangles (read in its source, not run), but through torch's distributed
+Why not Megatron's `dist_checkpointing`: 0.16.1 can store irregular rectangles (read, not run), but through torch's distributed
 checkpoint, whose `.metadata` is a pickle that is executed on reading; it exchanges the metadata of every piece between all
 ranks, starts a helper process per rank, and knows neither checksums nor a commit. JSON and safetensors need neither pickle
 nor helper, and every tool can read them.
