@@ -17,7 +17,7 @@ NO_FRAMES = PatchGrid(t=0, h=MERGE, w=MERGE)
 class VisualEncoder(nn.Module):
     """ViT and projector. Its state dict has the names and shapes of the released checkpoints (`visual.*` and `mlp_AR.*`).
 
-    Weights are uninitialised until `init_weights` or a checkpoint fills them. The tensors that the model carries for
+    Weights are uninitialised until `model/init.py` or a checkpoint fills them. The tensors that the model carries for
     compatibility but never uses (the pooling head and the packing positions) are frozen parameters.
     Raises SettingsError where the vision settings cannot be built.
     """
@@ -74,21 +74,3 @@ def normalise(patches: Tensor, dtype: torch.dtype) -> Tensor:
     """(x / 255 - 0.5) / 0.5, computed in at least float32 and rounded to `dtype` once, as the released preprocessing does."""
     wide = torch.promote_types(dtype, torch.float32)
     return ((patches.to(wide) / 255 - 0.5) / 0.5).to(dtype)
-
-
-@torch.no_grad()
-def init_weights(module: nn.Module, std: float, generator: torch.Generator) -> None:
-    """Fill a visual encoder (or a part) with fresh weights: norms to the identity, biases to zero, the rest N(0, std).
-
-    `generator` lives on the CPU, and numbers are drawn there in float32 in the order of the modules, so that a seed gives the
-    same weights, up to rounding, on every device, in every dtype and on every rank.
-    """
-    for part in module.modules():
-        if isinstance(part, nn.LayerNorm):
-            part.reset_parameters()
-            continue
-        for parameter in part.parameters(recurse=False):
-            if parameter.dim() == 1:
-                parameter.zero_()
-            else:
-                parameter.copy_(torch.randn(parameter.shape, generator=generator) * std)

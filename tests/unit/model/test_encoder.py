@@ -11,7 +11,9 @@ from transformers.vision_utils import get_vision_cu_seqlens
 from megatron_keye.config.schema import DecoderConfig, ModelConfig, VisionConfig
 from megatron_keye.contract.media import PatchGrid
 from megatron_keye.errors import SettingsError
-from megatron_keye.model.encoder import VisualEncoder, batching_order, init_weights, inverse_permutation, normalise, permute_segments
+from megatron_keye.model.encoder import VisualEncoder, batching_order, inverse_permutation, normalise, permute_segments
+from megatron_keye.model.init import fill
+from megatron_keye.model.names import encoder_pieces, local_parameters
 
 GRIDS = [PatchGrid(1, 6, 10), PatchGrid(3, 4, 6), PatchGrid(1, 4, 6), PatchGrid(1, 10, 6), PatchGrid(1, 4, 6), PatchGrid(1, 2, 2)]
 VARIANTS = ["keye_vl_preview", "keye_vl_1_5"]
@@ -196,7 +198,7 @@ def test_segments_are_brought_together_and_back(grids):
 def test_fresh_weights_follow_from_the_seed_alone(vision_model_config):
     def fresh(seed, dtype=torch.float32):
         encoder = VisualEncoder(vision_model_config(), dtype=dtype, attention="sdpa")
-        init_weights(encoder, 0.02, torch.Generator().manual_seed(seed))
+        fill(encoder_pieces(local_parameters(encoder)), 0.02, seed)
         return encoder.state_dict()
 
     first, again, other, half = fresh(0), fresh(0), fresh(1), fresh(0, torch.bfloat16)
