@@ -34,6 +34,7 @@ setup(
     extras_require={
         "gpu": ["transformer-engine[pytorch]", "flash-attn"],
         "dali": ["nvidia-dali-cuda120"],
-        "dev": ["pytest", "pytest-xdist", "hypothesis", "ruff", "keye-vl-utils==1.5.2", "einops"],
+        "fast": ["numba"],  # compiled planning, worth it from hundreds of replicas on
+        "dev": ["pytest", "pytest-xdist", "hypothesis", "ruff", "keye-vl-utils==1.5.2", "einops", "numba"],
     },
 )
