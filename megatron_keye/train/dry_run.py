@@ -8,7 +8,6 @@ from megatron_keye.data.loader import replica_pixel_bytes
 from megatron_keye.data.tokenizer import load_tokenizer
 from megatron_keye.errors import KeyeError
 from megatron_keye.plan.cursor import Cursor
-from megatron_keye.plan.step import predicted_loads
 from megatron_keye.plan.types import StepPlan
 from megatron_keye.train.placement import Planner
 
@@ -88,7 +87,7 @@ def _first_plan(config: RunConfig, processes: int) -> str:
         return f"first step: cannot be planned here: {error}"
     planner = Planner(config, num_replicas(config, processes))
     plan, _ = planner.over(dataset.shapes)(Cursor())
-    loads = predicted_loads(plan, planner.settings)
+    loads = planner.loads(plan)
     lines = [
         f"data: {len(dataset):,} samples in {config.data.train}, {len(dataset.rejected)} left out",
         f"first step: predicted imbalance (max / mean) decoder {loads.decoder_imbalance:.3f}, ViT {loads.vision_imbalance:.3f}",

@@ -8,7 +8,15 @@ from megatron_keye.parallel.grid import RankGrid
 from megatron_keye.plan.cost import cost_model
 from megatron_keye.plan.cursor import Cursor
 from megatron_keye.plan.lookahead import Lookahead
-from megatron_keye.plan.step import PlanSettings, SampleShapes, StepPlanner, place_members, replicate_tasks
+from megatron_keye.plan.step import (
+    PlanSettings,
+    PredictedLoads,
+    SampleShapes,
+    StepPlanner,
+    place_members,
+    predicted_loads,
+    replicate_tasks,
+)
 from megatron_keye.plan.types import ReplicaPlan, StepPlan
 
 
@@ -49,12 +57,12 @@ class Planner:
     """The planner with a run's settings filled in."""
 
     def __init__(self, config: RunConfig, num_replicas: int):
-        self.settings = plan_settings(config, num_replicas)
+        self._settings = plan_settings(config, num_replicas)
         self._replicate_over = encoder_copies(config)
 
     def over(self, shapes: SampleShapes) -> Callable[[Cursor], tuple[StepPlan, Cursor]]:
         """A function from a cursor to the plan of its step and the cursor after it. Keeps the lookahead windows in use."""
-        steps = StepPlanner(shapes, self.settings)
+        steps = StepPlanner(shapes, self._settings)
 
         def plan_at(cursor: Cursor) -> tuple[StepPlan, Cursor]:
             plan, after = steps.plan(cursor)
@@ -64,7 +72,11 @@ class Planner:
 
     def place(self, members: Sequence[int], shapes: SampleShapes) -> tuple[ReplicaPlan, ...]:
         """Placement alone, of given samples."""
-        return self._replicated(place_members(members, shapes, self.settings))
+        return self._replicated(place_members(members, shapes, self._settings))
+
+    def loads(self, plan: StepPlan) -> PredictedLoads:
+        """What the cost model says of a plan made here, over the ranks that encode in it."""
+        return predicted_loads(plan, replace(self._settings, encoders=self._replicate_over or self._settings.encoders))
 
     def _replicated(self, replicas: tuple[ReplicaPlan, ...]) -> tuple[ReplicaPlan, ...]:
         return tuple(replicate_tasks(r, self._replicate_over) for r in replicas) if self._replicate_over else replicas

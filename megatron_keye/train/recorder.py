@@ -13,7 +13,6 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch.utils.tensorboard import SummaryWriter
 
 from megatron_keye.plan.balance import imbalance
-from megatron_keye.plan.step import predicted_loads
 from megatron_keye.train.feed import FedStep
 from megatron_keye.train.placement import Planner
 from megatron_keye.train.run_dir import JsonLines, RunDir
@@ -114,7 +113,7 @@ class Recorder:
 
     def _balance(self, record: StepRecord, phases_RP: torch.Tensor) -> dict[str, float]:
         """max / mean over ranks: predicted by the planner's own function, and as it came out."""
-        predicted = predicted_loads(record.fed.plan, self._planner.settings)
+        predicted = self._planner.loads(record.fed.plan)
         encode = phases_RP[:, PHASES.index("encode")] + phases_RP[:, PHASES.index("encode_backward")]
         return {
             "decoder_imbalance_predicted": round(predicted.decoder_imbalance, 4),
