@@ -11,8 +11,8 @@ from dataclasses import dataclass
 
 import h11
 
+from megatron_keye.data.slabs import Slab
 from megatron_keye.io_server.protocol import Refused
-from megatron_keye.io_server.slabs import Slab
 
 READ_BYTES = 1 << 16
 MAX_HEADER_BYTES = 1 << 14

@@ -12,6 +12,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+from megatron_keye.data.slabs import Slab
 from megatron_keye.errors import KeyeError, SettingsError
 from megatron_keye.io_server import auth
 from megatron_keye.io_server.connection import Connection, Gone, Request
@@ -30,7 +31,7 @@ from megatron_keye.io_server.protocol import (
 )
 from megatron_keye.io_server.registry import RENEW_S, remove_lease, write_lease
 from megatron_keye.io_server.results import Result, Results
-from megatron_keye.io_server.slabs import Slab, SlabBudget
+from megatron_keye.io_server.slabs import SlabBudget
 
 MAX_OPEN_FILES = 1 << 16
 MAX_CONNECTIONS = 1024

@@ -10,10 +10,10 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+from megatron_keye.data import messages
+from megatron_keye.data.slabs import Slab
 from megatron_keye.errors import KeyeError
-from megatron_keye.io_server import control
 from megatron_keye.io_server.protocol import Refused
-from megatron_keye.io_server.slabs import Slab
 from megatron_keye.io_server.worker import WorkerLimits
 
 WORKER_COMMAND = (sys.executable, "-m", "megatron_keye.io_server.decode")
@@ -68,10 +68,10 @@ class Worker:
         worker = cls(process, ours)
         try:
             async with asyncio.timeout(START_TIMEOUT_S):
-                worker.decoder_id = (await control.receive_async(ours))["decoder_id"]
+                worker.decoder_id = (await messages.receive_async(ours))["decoder_id"]
         except BaseException as error:
             await worker.end()
-            if isinstance(error, control.Closed | TimeoutError):
+            if isinstance(error, messages.Closed | TimeoutError):
                 raise KeyeError(f"a worker did not start (code {process.returncode}); what it wrote to stderr says why") from error
             raise
         return worker
@@ -81,16 +81,16 @@ class Worker:
         self.jobs += 1
         try:
             async with self._sending:
-                await control.send_async(self.sock, {"job": job}, slab.fd)
-            return await control.receive_async(self.sock)
-        except control.Closed:
+                await messages.send_async(self.sock, {"job": job}, slab.fd)
+            return await messages.receive_async(self.sock)
+        except messages.Closed:
             raise WorkerDied(await self.process.wait()) from None
 
     async def cancel(self) -> None:
         """Ask it to drop the job at hand; it answers all the same."""
         async with self._sending:
-            with suppress(control.Closed):
-                await control.send_async(self.sock, {"cancel": True})
+            with suppress(messages.Closed):
+                await messages.send_async(self.sock, {"cancel": True})
 
     async def end(self) -> None:
         if self.process.returncode is None:

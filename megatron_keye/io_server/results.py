@@ -6,7 +6,8 @@ from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from functools import partial
 
-from megatron_keye.io_server.slabs import Slab, SlabBudget
+from megatron_keye.data.slabs import Slab
+from megatron_keye.io_server.slabs import SlabBudget
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,32 +1,9 @@
-"""Memory files for results: named by descriptors alone, so that the kernel frees them whatever dies."""
+"""The memory that results may take together."""
 
-import fcntl
-import os
 import weakref
 
+from megatron_keye.data.slabs import Slab
 from megatron_keye.io_server.protocol import Refused
-
-
-class Slab:
-    """A memory file of fixed size. It is freed, and its bytes are given back to the budget, when nothing refers to it."""
-
-    def __init__(self, num_bytes: int):
-        self.num_bytes = num_bytes
-        self.fd = os.memfd_create("keye-result", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
-        weakref.finalize(self, os.close, self.fd)
-        os.ftruncate(self.fd, num_bytes)
-        # A worker that goes wrong must not take bytes away from under those that are being sent.
-        fcntl.fcntl(self.fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW)
-
-    def __len__(self) -> int:
-        return self.num_bytes
-
-    def fileno(self) -> int:
-        return self.fd
-
-    def freeze(self) -> None:
-        """Nobody can change the bytes from here on."""
-        fcntl.fcntl(self.fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_WRITE)
 
 
 class SlabBudget:

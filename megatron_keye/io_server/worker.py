@@ -6,7 +6,6 @@ It may be killed at any moment, by its own limits or by the front, and is never 
 
 import hashlib
 import os
-import resource
 import select
 import signal
 import socket
@@ -20,8 +19,9 @@ from typing import Any
 
 import numpy as np
 
+from megatron_keye.data import messages
+from megatron_keye.data.limits import is_out_of_memory, limit_memory
 from megatron_keye.errors import DataError
-from megatron_keye.io_server import control
 from megatron_keye.io_server.protocol import DecodeJob, Refused, decoder_id, parse_job
 from megatron_keye.io_server.roots import Roots
 
@@ -46,19 +46,19 @@ class WorkerLimits:
 
 def serve(sock: socket.socket, roots: Roots, limits: WorkerLimits, decode: Decode) -> None:
     """Answer jobs until the front closes its end. Everything that `decode` needs must have been imported."""
-    _limit_memory(limits.memory_bytes)
-    control.send(sock, {"ready": True, "decoder_id": decoder_id()})
+    limit_memory(limits.memory_bytes)
+    messages.send(sock, {"ready": True, "decoder_id": decoder_id()})
     while True:
         try:
-            message, fd = control.receive(sock)
-        except control.Closed:
+            message, fd = messages.receive(sock)
+        except messages.Closed:
             return
         if fd is None:  # a cancellation that came too late
             continue
         signal.alarm(int(limits.decode_s) + ALARM_GRACE_S)
         reply = _answer(sock, roots, message, fd, decode)
         signal.alarm(0)
-        control.send(sock, reply)
+        messages.send(sock, reply)
         if reply.get("error") == "oom":  # what is left of the heap may be in pieces
             return
 
@@ -102,21 +102,9 @@ def _read(roots: Roots, job: DecodeJob) -> bytes:
 
 
 def _code(error: BaseException) -> str:
-    """`oom` where memory ran out anywhere below, which libraries report as errors of their own."""
-    cause: BaseException | None = error
-    while cause is not None:
-        # torch's allocator raises a RuntimeError that only its text tells apart.
-        if isinstance(cause, MemoryError) or "not enough memory" in str(cause):
-            return "oom"
-        cause = cause.__cause__ or cause.__context__
+    if is_out_of_memory(error):
+        return "oom"
     return "corrupt" if isinstance(error, DataError) else "internal"
-
-
-def _limit_memory(memory_bytes: int) -> None:
-    pages = int(Path("/proc/self/statm").read_text().split()[0])
-    limit = pages * resource.getpagesize() + memory_bytes
-    resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
 
 
 def main(decode: Decode) -> int:

@@ -1,4 +1,4 @@
-"""Messages between the front and a worker over a Unix socket pair: a length, then JSON; a file descriptor may ride along."""
+"""Messages between a process and its workers over a Unix socket pair: a length, then JSON; a file descriptor may ride along."""
 
 import asyncio
 import json
@@ -18,19 +18,24 @@ def encode(message: dict[str, Any]) -> bytes:
     return _LENGTH.pack(len(body)) + body
 
 
-def send(sock: socket.socket, message: dict[str, Any]) -> None:
+def send(sock: socket.socket, message: dict[str, Any], fd: int | None = None) -> None:
     """Raises Closed."""
+    data = encode(message)
     try:
-        sock.sendall(encode(message))
+        sent = 0 if fd is None else socket.send_fds(sock, [data[: _LENGTH.size]], [fd])
+        sock.sendall(data[sent:])
     except OSError as error:
         raise Closed from error
 
 
 def receive(sock: socket.socket) -> tuple[dict[str, Any], int | None]:
-    """The next message and the descriptor that came with it. Raises Closed."""
+    """The next message and the descriptor that came with it. Raises Closed, and TimeoutError where `sock` has a timeout."""
     head, fds = b"", []
     while len(head) < _LENGTH.size:
-        part, more, _, _ = socket.recv_fds(sock, _LENGTH.size - len(head), 1)
+        try:
+            part, more, _, _ = socket.recv_fds(sock, _LENGTH.size - len(head), 1)
+        except ConnectionError as error:
+            raise Closed from error
         if not part:
             raise Closed
         head += part

@@ -1,0 +1,36 @@
+"""What bounds a worker process: its memory, and its life, which ends with that of its parent."""
+
+import ctypes
+import os
+import resource
+import signal
+import sys
+from pathlib import Path
+
+_PR_SET_PDEATHSIG = 1
+
+
+def limit_memory(memory_bytes: int) -> None:
+    """Let this process take `memory_bytes` of address space beyond what it has; what it then asks for in vain is a MemoryError."""
+    pages = int(Path("/proc/self/statm").read_text().split()[0])
+    limit = pages * resource.getpagesize() + memory_bytes
+    resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether memory ran out anywhere below `error`, which libraries report as errors of their own."""
+    cause: BaseException | None = error
+    while cause is not None:
+        # torch's allocator raises a RuntimeError that only its text tells apart.
+        if isinstance(cause, MemoryError) or "not enough memory" in str(cause):
+            return True
+        cause = cause.__cause__ or cause.__context__
+    return False
+
+
+def end_with_parent(parent_pid: int) -> None:
+    """Have the kernel kill this process, even a stopped one, when the thread that started it ends."""
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent_pid:  # it ended before the kernel was asked
+        sys.exit(1)
