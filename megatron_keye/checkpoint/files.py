@@ -10,8 +10,9 @@ import hashlib
 import json
 import os
 import struct
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from math import prod
 from pathlib import Path
 
 import numpy as np
@@ -37,29 +38,68 @@ class FileRecord:
     sha256: str
 
 
+@dataclass(frozen=True, slots=True)
+class TensorSpec:
+    """Shape and type of a stored tensor."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+    @property
+    def num_bytes(self) -> int:
+        return prod(self.shape) * self.dtype.itemsize
+
+
 def write_tensors(path: Path, tensors: Sequence[tuple[str, Tensor]]) -> FileRecord:
     """Write contiguous floating-point `tensors` under their names, flushed to disk. Host memory used: one chunk."""
-    ordered = sorted(tensors, key=lambda item: -item[1].element_size())  # keeps every tensor aligned to its own element size
-    header, position = {}, 0
-    for name, tensor in ordered:
-        end = position + tensor.numel() * tensor.element_size()
-        header[name] = {"dtype": DTYPE_NAMES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [position, end]}
+    by_name = dict(tensors)
+
+    def chunks(name: str) -> Iterator[Tensor]:
+        flat = by_name[name].detach().reshape(-1)
+        yield from flat.split(CHUNK_BYTES // flat.element_size())
+
+    digest = hashlib.sha256()
+    specs = {name: TensorSpec(tuple(tensor.shape), tensor.dtype) for name, tensor in by_name.items()}
+    num_bytes = write_stream(path, specs, chunks, on_block=digest.update)
+    return FileRecord(path.name, num_bytes, digest.hexdigest())
+
+
+def write_stream(
+    path: Path,
+    specs: Mapping[str, TensorSpec],
+    chunks: Callable[[str], Iterable[Tensor]],
+    on_block: Callable[[bytes | np.ndarray], object],
+    metadata: Mapping[str, str] | None = None,
+) -> int:
+    """Write a new file of the tensors `specs`, flushed to disk; returns its size in bytes. Host memory used: one chunk.
+
+    `chunks(name)` gives the elements of a tensor in order, as contiguous tensors of its type. `on_block` is called with every run of
+    bytes just after it is written.
+    """
+    # The widest first, which keeps every tensor aligned to its own element size.
+    ordered = sorted(specs, key=lambda name: -specs[name].dtype.itemsize)
+    header: dict[str, object] = {"__metadata__": dict(metadata)} if metadata else {}
+    position = 0
+    for name in ordered:
+        spec, end = specs[name], position + specs[name].num_bytes
+        header[name] = {"dtype": DTYPE_NAMES[spec.dtype], "shape": list(spec.shape), "data_offsets": [position, end]}
         position = end
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
-    digest = hashlib.sha256()
     with open(path, "xb") as file:
         for data in (struct.pack("<Q", len(text)), text):
             file.write(data)
-            digest.update(data)
-        for _, tensor in ordered:
-            for chunk in tensor.detach().reshape(-1).split(CHUNK_BYTES // tensor.element_size()):
-                data = chunk.cpu().view(torch.uint8).numpy()
+            on_block(data)
+        for name in ordered:
+            for chunk in chunks(name):
+                data = chunk.detach().reshape(-1).cpu().view(torch.uint8).numpy()
                 file.write(data)
-                digest.update(data)
+                on_block(data)
         num_bytes = file.tell()
         _flush(file)
-    return FileRecord(path.name, num_bytes, digest.hexdigest())
+    if num_bytes != 8 + len(text) + position:
+        raise CheckpointError(f"{path} got {num_bytes:,} bytes, and its header says {8 + len(text) + position:,}; please report it")
+    return num_bytes
 
 
 def write_text(path: Path, text: str) -> None:
@@ -98,32 +138,49 @@ class TensorFile:
     """A safetensors file, mapped into memory: reading costs page cache and no memory of the process."""
 
     def __init__(self, path: Path):
-        """Raises CheckpointError where the file is missing or not of this format."""
+        """Raises CheckpointError where the file is missing, cut off, or not of this format."""
         try:
             with open(path, "rb") as file:
                 (header_bytes,) = struct.unpack("<Q", file.read(8))
                 text = file.read(min(header_bytes, MAX_HEADER_BYTES))
+                num_bytes = os.fstat(file.fileno()).st_size - 8 - header_bytes
             if len(text) != header_bytes:
                 raise ValueError(f"its header has {len(text):,} of {header_bytes:,} bytes")
-            self._header = json.loads(text)
-            self._header.pop("__metadata__", None)
+            header = json.loads(text)
+            header.pop("__metadata__", None)
+            self._starts = {name: _checked_start(name, entry, num_bytes) for name, entry in header.items()}
+            self._specs = {name: TensorSpec(tuple(entry["shape"]), DTYPES[entry["dtype"]]) for name, entry in header.items()}
             # Copy on write, never written: numpy would mark a read-only map as such, and torch would warn about every view.
-            self._data = np.memmap(path, dtype=np.uint8, mode="c", offset=8 + header_bytes) if self._header else None
-        except (OSError, ValueError, struct.error) as error:
-            raise CheckpointError(f"{path} cannot be read as safetensors ({error}); use another checkpoint") from error
+            self._data = np.memmap(path, dtype=np.uint8, mode="c", offset=8 + header_bytes) if num_bytes else np.empty(0, np.uint8)
+        except (OSError, ValueError, TypeError, AttributeError, LookupError, struct.error) as error:
+            raise CheckpointError(f"{path} cannot be read as safetensors ({error}); copy it again, or use another one") from error
 
     def names(self) -> list[str]:
-        return list(self._header)
+        return list(self._specs)
+
+    def spec(self, name: str) -> TensorSpec:
+        return self._specs[name]
 
     def shape(self, name: str) -> tuple[int, ...]:
-        return tuple(self._header[name]["shape"])
+        return self._specs[name].shape
 
     def tensor(self, name: str) -> Tensor:
         """The tensor as a view of the file: to be copied from, not to be written to."""
-        entry = self._header[name]
-        start, stop = entry["data_offsets"]
-        data = torch.from_numpy(self._data[start:stop])
-        return data.view(DTYPES[entry["dtype"]]).view(entry["shape"])
+        spec, start = self._specs[name], self._starts[name]
+        return torch.from_numpy(self._data[start : start + spec.num_bytes]).view(spec.dtype).view(spec.shape)
+
+
+def _checked_start(name: str, entry: Mapping, num_bytes: int) -> int:
+    """First byte of a tensor in a file whose tensors have `num_bytes`. Raises ValueError where it cannot lie there."""
+    if entry["dtype"] not in DTYPES:
+        raise ValueError(f"{name} has the type {entry['dtype']}, expected one of {', '.join(DTYPES)}")
+    start, stop = entry["data_offsets"]
+    needed = prod(entry["shape"]) * DTYPES[entry["dtype"]].itemsize
+    if not 0 <= start <= stop or stop - start != needed:
+        raise ValueError(f"{name} of shape {entry['shape']} has {stop - start:,} bytes, expected {needed:,}")
+    if stop > num_bytes:
+        raise ValueError(f"{name} ends at byte {stop:,} of {num_bytes:,}: the file is cut off")
+    return start
 
 
 def _flush(file) -> None:

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
+from torch.distributed import ProcessGroup
 
 from megatron_keye.checkpoint.collective import exchange, together
 from megatron_keye.checkpoint.files import TensorFile
@@ -65,15 +66,19 @@ def load_latest(folder: Path, state: TrainingState, identity: Identity) -> Loade
 
 
 @torch.no_grad()
-def load_weights(path: Path, pieces: Iterable[Piece]) -> RunRecord:
-    """Fill the weights of a model that is not trained, at any layout, and return the record of the run that saved them.
+def load_weights(path: Path, pieces: Iterable[Piece], world: ProcessGroup | None = None) -> RunRecord:
+    """Fill the weights of a model at any layout, not its optimizer, and return the record of the run that saved them.
 
-    `pieces` have views of the parameters. Uses host memory for one piece. Raises CheckpointError as `load_checkpoint` does.
+    `pieces` have views of this rank's parameters. All ranks of `world` must call it. Uses host memory for one piece. Raises
+    CheckpointError as `load_checkpoint` does.
     """
-    pieces = list(pieces)
-    damage = find_damage(path)
+    damage = find_damage(path, world)
     if damage:
         raise CheckpointError("\n".join(damage))
+    return together(world, lambda: _fill_weights(path, list(pieces)))
+
+
+def _fill_weights(path: Path, pieces: list[Piece]) -> RunRecord:
     manifest = read_manifest(path)
     require_same_model(path, manifest, manifest.model, pieces)
     reader = CheckpointReader(path, manifest)

@@ -9,12 +9,16 @@ The ViT and projector carry canonical names in their own state dict and are neve
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from megatron_keye.config.schema import DecoderConfig
-from megatron_keye.model.decoder import KeyeDecoder
+
+if TYPE_CHECKING:
+    # Names are also wanted where nothing is built, which should not need Megatron-core.
+    from megatron_keye.model.decoder import KeyeDecoder
 
 ROWS, COLUMNS, WHOLE, QKV, GATE_UP = "rows", "columns", "whole", "qkv", "gate_up"
 
@@ -63,7 +67,7 @@ class Piece:
 
 
 def decoder_pieces(
-    chunk: KeyeDecoder, tensors: dict[str, Tensor], config: DecoderConfig, tp_size: int, tp_rank: int
+    chunk: "KeyeDecoder", tensors: dict[str, Tensor], config: DecoderConfig, tp_size: int, tp_rank: int
 ) -> Iterator[Piece]:
     """Pieces held by `tensors`, which are shaped and named like parameters of `chunk` (weights, gradients, ...)."""
     for name, tensor in tensors.items():

@@ -24,6 +24,7 @@ from megatron_keye.data.sample_list import Tokenize
 from megatron_keye.data.tokenize import tokenize
 from megatron_keye.data.tokenizer import KeyeTokenizer, load_tokenizer
 from megatron_keye.errors import CheckpointError
+from megatron_keye.model.tensors import canonical_shapes
 from megatron_keye.train.run_dir import RunDir
 from megatron_keye.train.serving import Fill, for_one_process, latest_checkpoint, run_settings, trained_tokenizer
 
@@ -96,7 +97,7 @@ def _from_hf_folder(folder: Path) -> ModelSource:
         tokenize=_folder_tokenize(folder, tokenizer, model),
         rules=read_media_rules(folder, model.variant),
         max_tokens=max_tokens,
-        fill=partial(load_hf_weights, folder),
+        fill=partial(load_hf_weights, folder, shapes=canonical_shapes(model)),
     )
 
 

@@ -10,7 +10,8 @@ from transformers.models.paddleocr_vl.configuration_paddleocr_vl import PaddleOC
 from transformers.models.paddleocr_vl.modeling_paddleocr_vl import PaddleOCRVisionTransformer
 
 from megatron_keye.checkpoint.hf_config import make_hf_config
-from megatron_keye.checkpoint.hf_weights import save_hf_weights
+from megatron_keye.checkpoint.hf_weights import write_hf_weights
+from megatron_keye.checkpoint.tensors import MemoryTensors
 from megatron_keye.config.schema import DecoderConfig, ModelConfig, VisionConfig
 from megatron_keye.model.init import proof_tensor
 from tests.unit.data.conftest import write_tokenizer
@@ -92,6 +93,14 @@ def tensor_shapes(model: ModelConfig) -> dict[str, tuple[int, ...]]:
 
 def tensors_of(model: ModelConfig) -> dict[str, torch.Tensor]:
     return {name: proof_tensor(name, shape, 0.1, seed=5) for name, shape in tensor_shapes(model).items()}
+
+
+def save_hf_weights(folder: Path, tensors: dict[str, torch.Tensor], max_shard_bytes: int) -> None:
+    """In place of what may be there."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for path in folder.glob("*.safetensors*"):
+        path.unlink()
+    write_hf_weights(folder, MemoryTensors(tensors), max_shard_bytes)
 
 
 def write_hf_folder(folder: Path, variant: str, max_shard_bytes: int = 1 << 20) -> Path:

@@ -13,6 +13,7 @@ from megatron_keye.config.schema import DecoderConfig
 from megatron_keye.model.encoder import VisualEncoder
 from megatron_keye.model.init import fill, proof_tensor
 from megatron_keye.model.names import decoder_pieces, encoder_pieces, local_parameters
+from megatron_keye.model.tensors import canonical_shapes
 from tests.unit.model.one_rank import on_one_rank, whole_decoder
 
 DECODER = DecoderConfig(
@@ -143,6 +144,7 @@ def test_the_8b_models_have_the_released_tensors(recipe, num_parameters, norm_si
     assert len(decoder) + len(encoder) == 854
     assert sum(map(prod, [*decoder.values(), *encoder.values()])) == num_parameters
     assert decoder == qwen3_shapes(model.decoder)
+    assert canonical_shapes(model) == decoder | encoder
     assert sum(prod(shape) for name, shape in encoder.items() if name.startswith("visual.")) == 465_974_336
     assert encoder["mlp_AR.pre_norm.weight"] == (norm_size,)
     assert encoder["visual.vision_model.embeddings.packing_position_embedding.weight"] == (32768, 1152)

@@ -16,7 +16,6 @@ from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VLRotaryE
 from transformers.models.qwen3_vl.configuration_qwen3_vl import Qwen3VLVisionConfig
 from transformers.models.qwen3_vl.modeling_qwen3_vl import Qwen3VLVisionPatchMerger
 
-from megatron_keye.checkpoint.hf_weights import save_hf_weights
 from megatron_keye.config.schema import ImageConfig, VideoConfig
 from megatron_keye.contract.media import SampleShape
 from megatron_keye.data.items import describe, load_patches, media_rules, resolve
@@ -24,7 +23,16 @@ from megatron_keye.errors import DataError, NumericError
 from megatron_keye.train import cli
 from megatron_keye.train.inference import SampleScore
 from megatron_keye.train.scoring import write_scores
-from tests.unit.checkpoint.hf_folder import CHAT_TEMPLATE, PREPROCESSOR, paddleocr_vision, qwen3, small_model, tensors_of, write_hf_folder
+from tests.unit.checkpoint.hf_folder import (
+    CHAT_TEMPLATE,
+    PREPROCESSOR,
+    paddleocr_vision,
+    qwen3,
+    save_hf_weights,
+    small_model,
+    tensors_of,
+    write_hf_folder,
+)
 from tests.unit.data.corpus import mp4, png
 from tests.unit.train.forked import keye
 from tests.unit.train.saved_run import save_run
