@@ -43,6 +43,12 @@ class PlanError(KeyeError):
     exit_code = 65
 
 
+class LedgerError(KeyeError):
+    """A ledger is damaged, or does not prove that every sample was used once."""
+
+    exit_code = 65
+
+
 class NumericError(KeyeError):
     """Loss or gradients were not finite more often than the settings allow."""
 
