@@ -90,7 +90,7 @@ def test_a_skipped_sample_leaves_its_slot_empty_and_its_reason():
     data = load(Samples(bad=(3,)), skip_bad=True)
     assert data.rows[0].token_ids.tolist() == [9] * 8 + [40, 41, 42, 9]
     assert np.flatnonzero(data.rows[0].supervised).tolist() == [9, 10]
-    assert [(s.sample_id, s.reason) for s in data.skipped] == [("id3", "sample 3 is cut off")]
+    assert [(s.sample, s.sample_id, s.reason) for s in data.skipped] == [(3, "id3", "sample 3 is cut off")]
     assert [patches.any() for patches in data.patches[(0, 0)]] == [False]
     # Every other sample is as it would be.
     assert data.patches[(0, 1)][0][0, 0] == 8

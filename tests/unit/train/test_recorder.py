@@ -79,7 +79,7 @@ def test_a_step_is_counted(tiny, make):
 
 def test_the_ledger_names_samples_digest_and_what_was_skipped(tiny, make, capsys):
     run, recorder = make(tiny.config())
-    recorder.record(record_of(tiny.config(), skipped=[SkippedSample("p7", "cut off")]))
+    recorder.record(record_of(tiny.config(), skipped=[SkippedSample(1, "p7", "cut off")]))
     recorder.close()
     assert lines(run.ledger) == [
         {"step": 4, "samples": [0, 1, 2], "digest": bytes(range(32)).hex(), "updated": True, "skipped": [{"id": "p7", "reason": "cut off"}]}
