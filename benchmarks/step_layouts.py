@@ -31,11 +31,10 @@ from megatron_keye.contract.media import PatchGrid, SampleShape, Segment
 from megatron_keye.parallel.cpu import adapt_to_cpu
 from megatron_keye.parallel.groups import build_groups, prepare_megatron
 from megatron_keye.parallel.launch import run_ranks
-from megatron_keye.train.batch import make_batch
 from megatron_keye.train.build import build_model, build_optimizer
 from megatron_keye.train.placement import rank_grid
 from megatron_keye.train.step import TrainStep
-from megatron_keye.train.synthetic import synthetic_inputs, synthetic_plan
+from megatron_keye.train.synthetic import synthetic_batch, synthetic_plan
 
 PLACEMENTS = ("all_ranks", "stage0", "stage0_replicated")
 NAMES = {"all_ranks": "all ranks (ours)", "stage0": "stage 0 only", "stage0_replicated": "replicated on stage 0"}
@@ -83,7 +82,7 @@ def measure_rank(overrides: Sequence[str], repeats: int) -> dict[str, list[float
     steps = {}
     for placement, config in configs.items():
         model = build_model(config, groups, device)
-        batch = make_batch(synthetic_inputs(synthetic_plan(shapes(), 0, config, 1), config, groups), config, groups, device)
+        batch = synthetic_batch(0, synthetic_plan(shapes(), config, 1), config, groups, device)
         steps[placement] = (TrainStep(model, build_optimizer(model)), batch)
     seconds: dict[str, list[float]] = {placement: [] for placement in PLACEMENTS}
     for repeat in range(repeats + 1):
@@ -108,13 +107,13 @@ def phase_seconds(repeats: int) -> tuple[float, float, int]:
     groups = build_groups(rank_grid(config, 1))
     prepare_megatron(groups, 0)
     model = build_model(config, groups, torch.device("cpu"))
-    plan = synthetic_plan(shapes(), 0, config, 1)
-    batch = make_batch(synthetic_inputs(plan, config, groups), config, groups, torch.device("cpu"))
+    replicas = synthetic_plan(shapes(), config, 1)
+    batch = synthetic_batch(0, replicas, config, groups, torch.device("cpu"))
     step = TrainStep(model, build_optimizer(model))
     results = [step.run(batch, 1.0).phase_s for _ in range(repeats + 1)][1:]
     vision_s = statistics.median(phases["encode"] + phases["encode_backward"] for phases in results)
     decoder_s = statistics.median(phases["decoder"] for phases in results)
-    return vision_s, decoder_s, len(plan.replicas[0].rows)
+    return vision_s, decoder_s, len(replicas[0].rows)
 
 
 def simulate(repeats: int, tp: int = 2, pp: int = 2) -> Measured:

@@ -21,15 +21,14 @@ from megatron_keye.data.stored import StoredMedium
 from megatron_keye.data.tokenize import ItemLayout, TokenizedSample, tokenize
 from megatron_keye.data.tokenizer import KeyeTokenizer
 from megatron_keye.errors import DataError
+from megatron_keye.plan.step import PlanData
+from megatron_keye.plan.table import SampleTable
 
 CACHED_FITS = 65536
 TAGGING_RULES = ("min_frame_similarity", "block_similarity")
 """Video rules that must be those of the index, as they decide which frames are fast."""
 SAMPLING_RULES = ("fps", "min_frame_tokens", "total_tokens", "max_frames")
 """Video rules that decide which frames are taken, but may change where they take the same ones. The others set sizes only."""
-
-SIZE_RULES = ("min_frame_tokens", "max_frame_tokens", "total_tokens", "fast_token_ratio")
-"""Video rules that a frame's size grows with."""
 
 
 class Dataset:
@@ -42,7 +41,7 @@ class Dataset:
         self._limit_tokens = limit_tokens
         self.fingerprint = fingerprint
         """Changes with the data, the tokenizer, and every setting that changes a sample."""
-        self._usable, self.rejected = _usable(index, rules, limit_tokens)
+        self._usable, self._table, self.rejected = _usable(index, rules, limit_tokens)
         """`rejected` lists (id, reason) of the samples that do not fit."""
         self._fit = lru_cache(CACHED_FITS)(self._fit_sample)
 
@@ -78,6 +77,11 @@ class Dataset:
     def shapes(self) -> "Shapes":
         """The shapes of all samples as a sequence, each worked out when it is asked for."""
         return Shapes(self)
+
+    @property
+    def plan_data(self) -> PlanData:
+        """What planning reads of it: no shard is opened."""
+        return PlanData(self._table, self.shapes)
 
     def shape(self, sample: int) -> SampleShape:
         """Shape of a sample after it was made to fit; exactly that of its tokens."""
@@ -165,27 +169,33 @@ class Shapes(Sequence[SampleShape]):
         return self._dataset.shape(sample)
 
 
-def _usable(index: Index, rules: MediaRules, limit_tokens: int) -> tuple[np.ndarray, list[tuple[str, str]]]:
-    """int64 numbers of the samples that can be made to fit, and (id, reason) of the others."""
-    usable = index.full_lengths() <= limit_tokens if _at_most_indexed(index.made, rules) else np.zeros(len(index), dtype=bool)
-    rejected = []
-    for number in np.flatnonzero(~usable).tolist():
+def _usable(index: Index, rules: MediaRules, limit_tokens: int) -> tuple[np.ndarray, SampleTable, list[tuple[str, str]]]:
+    """int64 numbers of the samples that can be made to fit, what planning knows of them, and (id, reason) of the others.
+
+    Samples that are as they were indexed and fit need no look at each.
+    """
+    full = index.full_table()
+    unchanged = full.tokens <= limit_tokens
+    if not _sizes_as_indexed(index.made, rules):
+        unchanged &= full.num_runs == 0
+    usable, changed, shapes, rejected = unchanged.copy(), [], [], []
+    for number in np.flatnonzero(~unchanged).tolist():
         result = fit(index.facts(number), rules, limit_tokens)
         if isinstance(result, Rejected):
             rejected.append((index.key_and_id(number)[1], result.reason))
         else:
             usable[number] = True
-    return np.flatnonzero(usable), rejected
+            changed.append(number)
+            shapes.append(result.shape)
+    table = full.with_samples(np.array(changed, np.int64), shapes) if changed else full
+    numbers = np.flatnonzero(usable)
+    return numbers, table.taking(numbers), rejected
 
 
-def _at_most_indexed(made: Made, rules: MediaRules) -> bool:
-    """Whether no medium can be larger than when it was indexed: then most samples are known to fit without a look at them."""
-    video = asdict(rules.video)
-    return (
-        rules.image_min_tokens <= made.image["min_tokens"]
-        and rules.image_max_tokens <= made.image["max_tokens"]
-        and all(video[name] <= made.video[name] for name in SIZE_RULES)
-    )
+def _sizes_as_indexed(made: Made, rules: MediaRules) -> bool:
+    """Whether every medium has the size that it had when it was indexed."""
+    image = {"min_tokens": rules.image_min_tokens, "max_tokens": rules.image_max_tokens}
+    return made.image == image and made.video == asdict(rules.video)
 
 
 def _check_made(folder: Path, then: Made, now: Made) -> None:

@@ -18,8 +18,9 @@ from megatron_keye.data.media.video import DECODER_ID
 from megatron_keye.data.shards import Span
 from megatron_keye.data.template import TEMPLATE_VERSION
 from megatron_keye.errors import DataError
+from megatron_keye.plan.table import SampleTable
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 INDEX_FOLDER = "index"
 META_FILE = "index.json"
 IMAGE, VIDEO = 0, 1
@@ -42,6 +43,8 @@ TABLES = {
             ("num_items", "<i4"),
             ("first_segment", "<i8"),
             ("num_segments", "<i4"),
+            ("first_run", "<i8"),
+            ("num_runs", "<i4"),
             ("tail_tokens", "<i4"),  # text after the last attention segment
             ("text_tokens", "<i4"),
             ("visual_tokens", "<i4"),  # under the media rules that the index was made with
@@ -66,6 +69,7 @@ TABLES = {
             *((name, "<f8") for name in ITEM_OPTIONS),
         ]
     ),
+    "runs": np.dtype([("patches", "<i4"), ("segments", "<i4")]),  # of attention segments of like size, under the rules of the index
     "gaps": np.dtype("<i4"),  # text tokens before each attention segment
     "frames": np.dtype([("number", "<i4"), ("timestamp_s", "<f4"), ("tag", "<u1")]),
     "names": np.dtype("<u1"),
@@ -143,10 +147,12 @@ class Index:
     def supervised_tokens(self, sample: int) -> int:
         return int(self._tables["samples"]["supervised_tokens"][sample])
 
-    def full_lengths(self) -> np.ndarray:
-        """int64 [len]: tokens of every sample under the media rules that the index was made with."""
-        samples = self._tables["samples"]
-        return samples["text_tokens"].astype(np.int64) + samples["visual_tokens"]
+    def full_table(self) -> SampleTable:
+        """What planning knows of every sample under the media rules that the index was made with, where it is not cut."""
+        samples, runs = self._tables["samples"], self._tables["runs"]
+        tokens = samples["text_tokens"].astype(np.int64) + samples["visual_tokens"]
+        first_run, num_runs = (np.ascontiguousarray(samples[name]) for name in ("first_run", "num_runs"))
+        return SampleTable(tokens, first_run, num_runs, runs["patches"], runs["segments"])
 
     def distinct_clips(self) -> Iterator[tuple[int, Item]]:
         """Yields the videos that differ in what decides which frames are sampled, each with a sample that has it."""

@@ -13,8 +13,9 @@ from megatron_keye.contract.media import SampleShape
 from megatron_keye.data.index import FORMAT_VERSION, IMAGE, INDEX_FOLDER, ITEM_OPTIONS, META_FILE, TABLES, VIDEO, Made
 from megatron_keye.data.items import Item
 from megatron_keye.data.shards import Span
+from megatron_keye.plan.table import segment_runs
 
-LINKS = (("first_item", "items"), ("first_segment", "gaps"), ("name_start", "names"))
+LINKS = (("first_item", "items"), ("first_segment", "gaps"), ("first_run", "runs"), ("name_start", "names"))
 """Columns of the sample table that count rows of another table."""
 LISTS = (("task", "tasks"), ("source", "sources"))
 """Columns of the sample table that number the entries of a list."""
@@ -64,11 +65,13 @@ def shard_index(name: str, num_bytes: int, rows: Sequence[SampleRow], problems: 
         gaps = [segment.gap_tokens for segment in row.shape.segments]
         text_tokens = row.shape.num_tokens - row.shape.num_visual_tokens
         place = (0, row.record.offset, row.record.num_bytes, row.record_crc32, len(names), len(row_name))
-        parts = (len(lists["items"]), len(row.items), len(lists["gaps"]), len(gaps))
+        runs = segment_runs(row.shape)
+        parts = (len(lists["items"]), len(row.items), len(lists["gaps"]), len(gaps), len(lists["runs"]), len(runs))
         tokens = (text_tokens - sum(gaps), text_tokens, row.shape.num_visual_tokens)
         supervision = (row.supervised_tokens, -1 if row.first_supervised is None else row.first_supervised)
         lists["samples"].append((*place, *parts, *tokens, *supervision, _number_of(tasks, row.task), _number_of(sources, row.source)))
         lists["gaps"] += gaps
+        lists["runs"] += runs
         names += row_name
         for item, span in zip(row.items, row.media, strict=True):
             lists["items"].append(_item_row(item, span, len(lists["frames"])))

@@ -1,56 +1,46 @@
 """Fingerprints: of a plan, compared between ranks every step; of the samples trained so far, kept as a hash chain."""
 
 import hashlib
-import struct
 from collections.abc import Sequence
 
 import numpy as np
 
-from megatron_keye.plan.assignment import Assignment
-from megatron_keye.plan.types import ReplicaPlan, StepPlan
+from megatron_keye.plan.types import StepPlan
+
+PLAN_COLUMNS = ("step", "rows of a replica", "position", "number", "replica", "row", "tokens", "patches", "decoder cost", "vision cost")
+NO_TABLE = np.zeros((0, len(PLAN_COLUMNS)), np.int64)
 
 LEDGER_START = bytes(32)
 """The ledger digest of a run that has trained on nothing."""
 
 
-def plan_digest(plan: StepPlan) -> bytes:
-    """32 bytes (SHA-256) that differ whenever any field of the plan differs."""
-    numbers = [plan.step, len(plan.members), *plan.members, len(plan.replicas)]
-    for replica in plan.replicas:
-        _encode_replica(replica, numbers)
-    return hashlib.sha256(_int64_bytes(numbers)).digest()
+def plan_table(plan: StepPlan) -> np.ndarray:
+    """int64 [samples, len(PLAN_COLUMNS)]: all that every replica's plan follows from, besides the settings and the samples' shapes."""
+    placed, samples = plan.assignment, len(plan.members)
+    rows = np.full(samples, -1, np.int64) if placed.row is None else placed.row
+    whole_step = (np.full(samples, plan.step), np.full(samples, placed.num_rows))
+    return np.stack([*whole_step, plan.positions, plan.members, placed.replica, rows, *plan.costs], axis=1).astype(np.int64)
 
 
-def assignment_digest(step: int, members: Sequence[int], assignment: Assignment) -> bytes:
-    """32 bytes (SHA-256) that differ whenever a step's samples, or their replicas and microbatches, do: all that a replica's plan
-    follows from besides the settings."""
-    rows = [] if assignment.row is None else assignment.row
-    numbers = np.concatenate([[step, assignment.num_rows, len(members), len(rows)], members, assignment.replica, rows])
-    return hashlib.sha256(numbers.astype("<i8").tobytes()).digest()
+def table_digest(table: np.ndarray) -> bytes:
+    """32 bytes (SHA-256) that differ whenever any entry of a plan table does."""
+    return hashlib.sha256(_int64_bytes(table.shape) + table.astype("<i8").tobytes()).digest()
+
+
+def first_difference(own: np.ndarray, other: np.ndarray) -> str | None:
+    """The first entry in which two plan tables differ, in words; None where they are alike."""
+    for slot, (mine, theirs) in enumerate(zip(own.tolist(), other.tolist(), strict=False)):
+        for name, here, there in zip(PLAN_COLUMNS, mine, theirs, strict=True):
+            if here != there:
+                return f"sample {slot} of the step has {name} {here} here and {there} there"
+    if len(own) != len(other):
+        return f"the step has {len(own)} samples here and {len(other)} there"
+    return None
 
 
 def ledger_digest(previous: bytes, members: Sequence[int]) -> bytes:
     """32 bytes that prove a history: the next link of the hash chain, from `previous` and one step's samples in order."""
     return hashlib.sha256(previous + _int64_bytes(members)).digest()
-
-
-def _encode_replica(replica: ReplicaPlan, numbers: list[int]) -> None:
-    """Append every field, each sequence after its length, so that no two replicas give the same numbers."""
-    numbers += (replica.num_rounds, len(replica.rows), len(replica.tasks))
-    for row in replica.rows:
-        numbers += (row.num_tokens, len(row.documents))
-        for document in row.documents:
-            shape = document.shape
-            numbers += (document.sample, document.start, document.padded_tokens, shape.num_tokens, len(shape.segments))
-            for segment in shape.segments:
-                grid = segment.grid
-                numbers += (grid.t, grid.h, grid.w, segment.gap_tokens, _float_bits(segment.ticks_per_frame))
-    for task in replica.tasks:
-        numbers += (task.microbatch, task.document, task.segment, task.encoder, task.round)
-
-
-def _float_bits(value: float) -> int:
-    return struct.unpack("<q", struct.pack("<d", value))[0]
 
 
 def _int64_bytes(numbers: Sequence[int]) -> bytes:

@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import Protocol
 
 import numpy as np
@@ -18,16 +17,29 @@ from megatron_keye.plan.lookahead import ONE_BATCH, Lookahead
 from megatron_keye.plan.order import Order, ShuffledOrder
 from megatron_keye.plan.pack import Item, pack_rows, round_up, rows_of
 from megatron_keye.plan.spread import NO_LIMIT
-from megatron_keye.plan.types import EncodeTask, ReplicaPlan, Row, StepPlan
-from megatron_keye.plan.windows import Membership, WindowCosts
+from megatron_keye.plan.table import SampleTable
+from megatron_keye.plan.types import EncodeTask, ReplicaPlan, Replicas, Row, StepPlan
+from megatron_keye.plan.windows import Membership
 
 
 class SampleShapes(Protocol):
-    """The part of a dataset's index that planning reads: the shape of each sample, by number."""
-
-    def __len__(self) -> int: ...
+    """The shape of each sample by number: what a replica's plan is made of."""
 
     def __getitem__(self, sample: int) -> SampleShape: ...
+
+
+@dataclass(frozen=True, slots=True)
+class PlanData:
+    """What planning knows of a dataset, from its index alone: a table for what concerns all samples of a step, and shapes for what
+    concerns those of one replica."""
+
+    table: SampleTable
+    shapes: SampleShapes
+
+    @classmethod
+    def of(cls, shapes: Sequence[SampleShape]) -> "PlanData":
+        """Of samples whose shapes are at hand."""
+        return cls(SampleTable.of(shapes), shapes)
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,61 +86,53 @@ class PlanSettings:
             raise PlanError("No step can be planned with these settings: " + "; ".join(problems) + ".")
 
 
-def plan_step(shapes: SampleShapes, cursor: Cursor, settings: PlanSettings) -> tuple[StepPlan, Cursor]:
-    """The plan of step `cursor.step` and the cursor after it. Who plans many steps keeps a `StepPlanner`.
-
-    Raises PlanError when the dataset is empty or a sample does not fit a row.
-    """
-    return StepPlanner(shapes, settings).plan(cursor)
-
-
 class StepPlanner:
     """Plans steps of one dataset. Keeps the windows in use; the plan of a cursor does not depend on what was planned before."""
 
-    def __init__(self, shapes: SampleShapes, settings: PlanSettings, order: Order | None = None, costs: WindowCosts | None = None):
-        """`order` is one of the whole dataset shuffled where none is given, and `costs` are worked out from `shapes`, one by one."""
-        self._shapes, self._settings = shapes, settings
-        order = ShuffledOrder(len(shapes), settings.seed) if order is None else order
-        self._membership = Membership(order, partial(shape_costs, shapes) if costs is None else costs)
+    def __init__(self, data: PlanData, settings: PlanSettings, order: Order | None = None):
+        """`order` is one of the whole dataset shuffled where none is given. Raises PlanError for a dataset without samples."""
+        self._data, self._settings = data, settings
+        self._order = ShuffledOrder(len(data.table), settings.seed) if order is None else order
+        self._membership = Membership(self._order, data.table.window_costs)
 
     def plan(self, cursor: Cursor) -> tuple[StepPlan, Cursor]:
         """The plan of step `cursor.step` and the cursor after it. Raises PlanError when a sample does not fit a row."""
-        progress = cursor.progress.under(self._settings.global_batch_samples, self._settings.lookahead)
-        members = self._membership.members(progress)
-        plan = StepPlan(cursor.step, members, place_members(members, self._shapes, self._settings))
+        settings = self._settings
+        progress = cursor.progress.under(settings.global_batch_samples, settings.lookahead)
+        positions = self._membership.positions(progress)
+        samples = self._order(positions)
+        members = tuple(samples.tolist())
+        costs, assignment = assigned(samples, self._data.table, settings)
+        replicas = replica_plans(members, self._data.shapes, assignment, settings)
+        plan = StepPlan(cursor.step, tuple(positions.tolist()), members, costs, assignment, replicas)
         after = progress.after_step()
         return plan, Cursor(cursor.step + 1, after.position, ledger_digest(cursor.ledger, members), after.stretches)
 
 
-def shape_costs(shapes: SampleShapes, samples: np.ndarray, cost: CostModel) -> np.ndarray:
-    """What each of `samples` int64 [n] costs in all, without padding, int64 [n]."""
-    return np.array([sum(cost.sample_cost(shapes[sample])) for sample in samples.tolist()], np.int64)
-
-
-def place_members(members: Sequence[int], shapes: SampleShapes, settings: PlanSettings) -> tuple[ReplicaPlan, ...]:
-    """Placement of a step's samples: one plan per replica, all with the same number of rows."""
-    assignment = assign_samples(step_costs(members, shapes, settings), assignment_rules(settings))
-    return tuple(replica_plan(members, shapes, assignment, replica, settings) for replica in range(settings.num_replicas))
-
-
-def step_costs(members: Sequence[int], shapes: SampleShapes, settings: PlanSettings) -> StepCosts:
-    """What the assignment of a step looks at, one sample at a time; `SampleTable.step_costs` does it for all at once.
+def assigned(samples: np.ndarray, table: SampleTable, settings: PlanSettings) -> tuple[StepCosts, Assignment]:
+    """What a step's `samples` int64 [n] cost, and the replica and microbatch of each: worked out for all of them by every rank.
 
     Raises PlanError when a sample does not fit a row.
     """
-    items = [_item(slot, sample, shapes[sample], settings) for slot, sample in enumerate(members)]
-    return StepCosts(
-        tokens=np.array([item.padded_tokens for item in items], np.int64),
-        patches=np.array([item.shape.num_patches for item in items], np.int64),
-        decoder=np.array([item.decoder_cost for item in items], np.int64),
-        vision=np.array([item.vision_cost for item in items], np.int64),
-    )
+    costs = table.step_costs(samples, settings.cost, settings.pad_multiple_tokens, settings.seq_length_tokens)
+    return costs, assign_samples(costs, assignment_rules(settings))
+
+
+def replica_plans(members: Sequence[int], shapes: SampleShapes, assignment: Assignment, settings: PlanSettings) -> Replicas:
+    """One plan per replica, all with the same number of rows, each worked out when it is asked for."""
+    return Replicas(settings.num_replicas, lambda replica: replica_plan(members, shapes, assignment, replica, settings))
+
+
+def place_members(members: Sequence[int], shapes: Sequence[SampleShape], settings: PlanSettings) -> Replicas:
+    """Placement alone, of given samples, whose shapes come in the same order. Raises PlanError when one does not fit a row."""
+    _, assignment = assigned(np.arange(len(members)), SampleTable.of(shapes), settings)
+    return replica_plans(members, dict(zip(members, shapes, strict=True)), assignment, settings)
 
 
 def replica_plan(
     members: Sequence[int], shapes: SampleShapes, assignment: Assignment, replica: int, settings: PlanSettings
 ) -> ReplicaPlan:
-    """One replica's plan: the only part of placement that looks at its samples one by one, and at nobody else's."""
+    """One replica's plan: the only part of placement that looks at samples one by one, and at nobody else's."""
     slots = np.flatnonzero(assignment.replica == replica).tolist()
     own = [_item(slot, members[slot], shapes[members[slot]], settings) for slot in slots]
     if assignment.row is None:
@@ -179,19 +183,14 @@ class PredictedLoads:
         return imbalance([load for replica in self.vision for load in replica])
 
 
-def predicted_loads(plan: StepPlan, settings: PlanSettings) -> PredictedLoads:
-    """What the cost model says of a plan; padding counts. `settings.encoders` are the ranks that encode in it."""
-    decoder = tuple(sum(_row_cost(row, settings.cost) for row in replica.rows) for replica in plan.replicas)
-    return PredictedLoads(decoder, tuple(_encoder_loads(replica, settings) for replica in plan.replicas))
+def predicted_loads(replicas: Sequence[ReplicaPlan], settings: PlanSettings) -> PredictedLoads:
+    """What the cost model says of these replicas' plans; padding counts. `settings.encoders` are the ranks that encode in them."""
+    decoder = tuple(sum(_row_cost(row, settings.cost) for row in replica.rows) for replica in replicas)
+    return PredictedLoads(decoder, tuple(_encoder_loads(replica, settings) for replica in replicas))
 
 
 def _item(slot: int, sample: int, shape: SampleShape, settings: PlanSettings) -> Item:
     padded_tokens = round_up(shape.num_tokens, settings.pad_multiple_tokens)
-    if padded_tokens > settings.seq_length_tokens:
-        raise PlanError(
-            f"Sample {sample} has {shape.num_tokens} tokens, {padded_tokens} with padding to a multiple of {settings.pad_multiple_tokens}; "
-            f"a row holds {settings.seq_length_tokens}. Shorten the sample when its index is read, or raise data.seq_length_tokens."
-        )
     cost = settings.cost.sample_cost(shape, padded_tokens)
     return Item(slot, sample, shape, padded_tokens, cost.decoder, cost.vision)
 

@@ -3,8 +3,9 @@
 Attention segments are run-length coded: a video's frames are mostly of one size, so a sample has few runs.
 """
 
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from itertools import groupby
 
 import numpy as np
 
@@ -16,13 +17,15 @@ from megatron_keye.plan.cost import CostModel
 
 @dataclass(frozen=True, slots=True)
 class SampleTable:
-    """Arrays, which may be memory-mapped. Sample i has `tokens[i]` tokens, and runs first_run[i] .. first_run[i + 1] - 1: a run is
+    """Arrays, which may be memory-mapped. Sample i has `tokens[i]` tokens, and `num_runs[i]` runs from `first_run[i]` on: a run is
     `run_segments` attention segments of `run_patches` patches each."""
 
     tokens: np.ndarray
     """int [n]."""
     first_run: np.ndarray
-    """int64 [n + 1]."""
+    """int64 [n]."""
+    num_runs: np.ndarray
+    """int [n]."""
     run_patches: np.ndarray
     """int [runs]."""
     run_segments: np.ndarray
@@ -31,18 +34,42 @@ class SampleTable:
     @classmethod
     def of(cls, shapes: Iterable[SampleShape]) -> "SampleTable":
         """The table of given shapes."""
-        tokens, first_run, run_patches, run_segments = [], [0], [], []
+        tokens, first_run, num_runs, runs = [], [], [], []
         for shape in shapes:
+            own = segment_runs(shape)
             tokens.append(shape.num_tokens)
-            last = None
-            for segment in shape.segments:
-                if segment.grid.num_patches != last:
-                    last = segment.grid.num_patches
-                    run_patches.append(last)
-                    run_segments.append(0)
-                run_segments[-1] += 1
-            first_run.append(len(run_patches))
-        return cls(*(np.array(column, np.int64) for column in (tokens, first_run, run_patches, run_segments)))
+            first_run.append(len(runs))
+            num_runs.append(len(own))
+            runs += own
+        patches, segments = zip(*runs, strict=True) if runs else ((), ())
+        return cls(*(np.array(column, np.int64) for column in (tokens, first_run, num_runs, patches, segments)))
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+    @classmethod
+    def concatenated(cls, tables: Sequence["SampleTable"]) -> "SampleTable":
+        """The samples of several tables, one table after another."""
+        runs_before = np.cumsum([0, *(len(table.run_patches) for table in tables)])
+        first_run = [table.first_run + before for table, before in zip(tables, runs_before, strict=False)]
+        columns = ("tokens", "num_runs", "run_patches", "run_segments")
+        merged = {name: np.concatenate([getattr(table, name) for table in tables]) for name in columns}
+        return cls(first_run=np.concatenate(first_run), **merged)
+
+    def with_samples(self, samples: np.ndarray, shapes: Iterable[SampleShape]) -> "SampleTable":
+        """The table in which `samples` int64 [m] have other `shapes`."""
+        other = SampleTable.of(shapes)
+        tokens, first_run, num_runs = (np.array(column, np.int64) for column in (self.tokens, self.first_run, self.num_runs))
+        tokens[samples], first_run[samples], num_runs[samples] = other.tokens, other.first_run + len(self.run_patches), other.num_runs
+        run_patches, run_segments = (
+            np.concatenate([own, added])
+            for own, added in ((self.run_patches, other.run_patches), (self.run_segments, other.run_segments))
+        )
+        return SampleTable(tokens, first_run, num_runs, run_patches, run_segments)
+
+    def taking(self, samples: np.ndarray) -> "SampleTable":
+        """The table of `samples` int64 [m] alone, in their order. Shares the runs."""
+        return replace(self, tokens=self.tokens[samples], first_run=self.first_run[samples], num_runs=self.num_runs[samples])
 
     def step_costs(self, samples: np.ndarray, cost: CostModel, pad_multiple_tokens: int, seq_length_tokens: int) -> StepCosts:
         """Costs of `samples` int64 [n], padded. Raises PlanError when one does not fit a row."""
@@ -65,8 +92,7 @@ class SampleTable:
 
     def _vision(self, samples: np.ndarray, cost: CostModel) -> tuple[np.ndarray, np.ndarray]:
         """Patches and ViT cost of each sample, int64 [n] twice."""
-        starts = self.first_run[samples]
-        counts = self.first_run[samples + 1] - starts
+        starts, counts = self.first_run[samples].astype(np.int64), self.num_runs[samples].astype(np.int64)
         owner = np.repeat(np.arange(len(samples)), counts)
         runs = np.arange(len(owner)) + np.repeat(starts - np.cumsum(counts) + counts, counts)
         patches, segments = self.run_patches[runs].astype(np.int64), self.run_segments[runs].astype(np.int64)
@@ -75,6 +101,11 @@ class SampleTable:
         np.add.at(sums[0], owner, segments * patches)
         np.add.at(sums[1], owner, segments * each)
         return sums[0], sums[1]
+
+
+def segment_runs(shape: SampleShape) -> list[tuple[int, int]]:
+    """(patches of each, attention segments) of every run of segments of like size, in order."""
+    return [(patches, len(list(own))) for patches, own in groupby(segment.grid.num_patches for segment in shape.segments)]
 
 
 def _decoder_costs(tokens: np.ndarray, cost: CostModel) -> np.ndarray:

@@ -1,8 +1,11 @@
 """The step plan: everything decided about one optimizer step before anything is read."""
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cache
 
 from megatron_keye.contract.media import SampleShape
+from megatron_keye.plan.assignment import Assignment, StepCosts
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,10 +57,33 @@ class ReplicaPlan:
     num_rounds: int
 
 
-@dataclass(frozen=True, slots=True)
+class Replicas(Sequence[ReplicaPlan]):
+    """The replicas' plans of a step, each worked out when it is first asked for: a rank needs its own alone."""
+
+    def __init__(self, number: int, plan_of: Callable[[int], ReplicaPlan]):
+        self._number, self._plan_of = number, cache(plan_of)
+
+    def __len__(self) -> int:
+        return self._number
+
+    def __getitem__(self, replica: int) -> ReplicaPlan:
+        if not 0 <= replica < self._number:
+            raise IndexError(f"replica {replica} of {self._number}")
+        return self._plan_of(replica)
+
+    def mapped(self, change: Callable[[ReplicaPlan], ReplicaPlan]) -> "Replicas":
+        """These plans, each with a change."""
+        return Replicas(self._number, lambda replica: change(self[replica]))
+
+
+@dataclass(frozen=True, slots=True, eq=False)
 class StepPlan:
-    """One optimizer step. `members` are the samples in plan order, the same at every layout; `replicas` is placement."""
+    """One optimizer step. `positions` are the places in the endless order that it takes and `members` the samples there, the same at
+    every layout; the rest is placement."""
 
     step: int
+    positions: tuple[int, ...]
     members: tuple[int, ...]
-    replicas: tuple[ReplicaPlan, ...]
+    costs: StepCosts
+    assignment: Assignment
+    replicas: Replicas

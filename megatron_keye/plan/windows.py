@@ -82,18 +82,18 @@ def _drawn(stretch: Stretch) -> int:
 
 
 class Membership:
-    """The samples of steps. Keeps the windows in use, so that a window is divided once and not once a step."""
+    """The positions of steps. Keeps the windows in use, so that a window is divided once and not once a step."""
 
     def __init__(self, order: Order, costs: WindowCosts):
         self._order, self._costs = order, costs
         self._window = lru_cache(CACHED_WINDOWS)(self._divide)
 
-    def members(self, progress: Progress) -> tuple[int, ...]:
-        """The samples of the next step of the last stretch, in the order's order."""
+    def positions(self, progress: Progress) -> np.ndarray:
+        """int64 [batch]: the positions that the next step of the last stretch takes, in stream order."""
         *before, last = progress.stretches
         window, step = divmod(last.steps, last.lookahead.batches)
         positions, steps = self._window(progress.base, tuple(before), replace(last, steps=0), window)
-        return tuple(self._order(positions[steps == step]).tolist())
+        return positions[steps == step]
 
     def _divide(self, base: int, before: tuple[Stretch, ...], stretch: Stretch, window: int) -> tuple[np.ndarray, np.ndarray]:
         """Positions of a stretch's window, int64 [n] in stream order, and the step within the window that takes each."""

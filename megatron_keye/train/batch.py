@@ -1,12 +1,17 @@
-"""One step's inputs as this rank's devices take them: microbatches of local tokens, and rounds of patches to encode."""
+"""One step's inputs as this rank's device takes them: microbatches of local tokens, and rounds of patches to encode.
+
+`lay_out` makes all that follows from the plan, and may run ahead; `fill` adds what was loaded.
+"""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from megatron_keye.config.schema import RunConfig
+from megatron_keye.contract.media import PatchGrid
 from megatron_keye.contract.rows import RowTokens, next_tokens
 from megatron_keye.model.decoder_config import PRECISION
 from megatron_keye.model.encode import EncodeRound
@@ -15,18 +20,7 @@ from megatron_keye.parallel.groups import Groups
 from megatron_keye.plan.context_split import local_tokens
 from megatron_keye.plan.positions import row_positions
 from megatron_keye.plan.route import StepRoute, route_step
-from megatron_keye.plan.types import ReplicaPlan, Row, StepPlan
-
-
-@dataclass(frozen=True)
-class RankInputs:
-    """What reached this rank for one step: its replica's rows (on the pipeline's first and last stage, else None), the uint8
-    patches [num_patches, 588] of each of its encode rounds, and the supervised tokens of the whole world."""
-
-    plan: StepPlan
-    rows: Sequence[RowTokens] | None
-    patches: Sequence[torch.Tensor]
-    num_supervised: int
+from megatron_keye.plan.types import ReplicaPlan, Row
 
 
 @dataclass(frozen=True)
@@ -51,19 +45,44 @@ class StepBatch:
     num_supervised: int
 
 
-def make_batch(inputs: RankInputs, config: RunConfig, groups: Groups, device: torch.device) -> StepBatch:
-    """Slice, position and move `inputs` to `device`. Uses no collectives, so it may run ahead in another thread."""
-    replica = inputs.plan.replicas[groups.coordinate("dp")]
+@dataclass(frozen=True)
+class RowLayout:
+    """One packed row without its tokens: `local_tokens` int64 [T] are the places in the row of the tokens that this rank holds."""
+
+    packed: PackedRow
+    cu_seqlens: list[int]
+    local_tokens: np.ndarray
+    visual_places: Tensor
+
+
+@dataclass(frozen=True)
+class BatchLayout:
+    """All of a batch that follows from the plan alone, so that it can be made while earlier steps run."""
+
+    rows: tuple[RowLayout, ...]
+    grids: tuple[tuple[PatchGrid, ...], ...]
+    """Of the attention segments of each of this rank's encode rounds."""
+    route: StepRoute
+
+
+def lay_out(replica: ReplicaPlan, config: RunConfig, groups: Groups, device: torch.device) -> BatchLayout:
+    """This rank's part of its replica's plan. Uses no collectives, so it may run ahead in another thread."""
     route = route_step(replica, groups.grid, config.parallel.sequence_parallel, groups.replica_rank)
-    microbatches = tuple(
-        _microbatch(row, None if inputs.rows is None else inputs.rows[number], route.places[number], config, groups, device)
-        for number, row in enumerate(replica.rows)
-    )
-    grids = encoder_grids(replica, groups.replica_rank)
-    rounds = tuple(
-        EncodeRound(patches.to(device), tuple(own)) for patches, own in zip(inputs.patches, grids, strict=True)
-    )
-    return StepBatch(microbatches, rounds, route, inputs.num_supervised)
+    rows = tuple(_row_layout(row, places, config, groups, device) for row, places in zip(replica.rows, route.places, strict=True))
+    grids = tuple(tuple(own) for own in encoder_grids(replica, groups.replica_rank))
+    return BatchLayout(rows, grids, route)
+
+
+def fill(
+    layout: BatchLayout, rows: Sequence[RowTokens] | None, patches: Sequence[Tensor], num_supervised: int, groups: Groups,
+    device: torch.device,
+) -> StepBatch:  # fmt: skip
+    """The batch with what was loaded: the replica's `rows` (None in the middle of the pipeline), the uint8 patches [num_patches, 588]
+    of each of this rank's encode rounds, and the supervised tokens of the whole world."""
+    tokens: Sequence[RowTokens | None] = [None] * len(layout.rows) if rows is None else rows
+    microbatches = tuple(_microbatch(row, own, groups, device) for row, own in zip(layout.rows, tokens, strict=True))
+    rounds = tuple(EncodeRound(own.to(device), grids) for own, grids in zip(patches, layout.grids, strict=True))
+    return StepBatch(microbatches, rounds, layout.route, num_supervised)
 
 
 def encoder_grids(replica: ReplicaPlan, encoder: int) -> list[list]:
@@ -76,19 +95,20 @@ def encoder_grids(replica: ReplicaPlan, encoder: int) -> list[list]:
     return grids
 
 
-def _microbatch(row: Row, tokens: RowTokens | None, places, config: RunConfig, groups: Groups, device) -> Microbatch:
-    dtype = PRECISION[config.train.precision]
+def _row_layout(row: Row, places: np.ndarray, config: RunConfig, groups: Groups, device: torch.device) -> RowLayout:
     cp_size, cp_rank = groups.grid.cp, groups.coordinate("cp")
     positions = row_positions(row, config.model.variant)
-    packed = pack_row(
-        row.cu_seqlens, positions, config.model.decoder, cp_size=cp_size, cp_rank=cp_rank, dtype=dtype, device=device
-    )
+    dtype = PRECISION[config.train.precision]
+    packed = pack_row(row.cu_seqlens, positions, config.model.decoder, cp_size=cp_size, cp_rank=cp_rank, dtype=dtype, device=device)
+    return RowLayout(packed, row.cu_seqlens, local_tokens(row.cu_seqlens, cp_size, cp_rank), torch.from_numpy(places).to(device))
+
+
+def _microbatch(row: RowLayout, tokens: RowTokens | None, groups: Groups, device: torch.device) -> Microbatch:
     token_ids = labels = weights = None
-    mine = local_tokens(row.cu_seqlens, cp_size, cp_rank)
     if groups.is_first_stage:
-        token_ids = torch.from_numpy(tokens.token_ids[mine]).to(device).unsqueeze(0)
+        token_ids = torch.from_numpy(tokens.token_ids[row.local_tokens]).to(device).unsqueeze(0)
     if groups.is_last_stage:
         next_token, is_supervised = next_tokens(tokens, row.cu_seqlens)
-        labels = torch.from_numpy(next_token[mine]).to(device)
-        weights = torch.from_numpy(is_supervised[mine]).to(device)
-    return Microbatch(packed, token_ids, labels, weights, torch.from_numpy(places).to(device))
+        labels = torch.from_numpy(next_token[row.local_tokens]).to(device)
+        weights = torch.from_numpy(is_supervised[row.local_tokens]).to(device)
+    return Microbatch(row.packed, token_ids, labels, weights, row.visual_places)

@@ -8,14 +8,21 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import TypeVar
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch.distributed import ProcessGroup
 
 from megatron_keye.errors import KeyeError, PlanError
+from megatron_keye.plan.digest import first_difference, table_digest
 
 MESSAGE_BYTES = 2048
 """One byte for the exit code, the others for the message."""
+
+PLANS_DIFFER = (
+    "the ranks derived different step plans: {} (rank 0). They must read the same index with the same settings and the same version "
+    "of this program: compare the run folder's config.yaml, data.train and the installed package on every host"
+)
 
 Item = TypeVar("Item")
 
@@ -28,11 +35,13 @@ class PeerError(KeyeError):
         self.exit_code = exit_code
 
 
-def agree(digest: bytes, counts: Sequence[int], failure: Exception | None, world: ProcessGroup, device: torch.device) -> list[int]:
-    """The sum of each of `counts` over the world, once all ranks have shown the same 32-byte plan `digest` and no failure.
+def agree(table: np.ndarray, counts: Sequence[int], failure: Exception | None, world: ProcessGroup, device: torch.device) -> list[int]:
+    """The sum of each of `counts` over the world, once all ranks have shown the same plan `table` and no failure.
 
-    Raises as `raise_together` does, and PlanError where plans differ. The digests are compared as a sum of int64 words, which may wrap.
+    Tables are compared by their 32-byte digests, as a sum of int64 words, which may wrap. Raises as `raise_together` does, and
+    PlanError, with the first difference, where plans differ.
     """
+    digest = table_digest(table)
     words = [int.from_bytes(digest[i : i + 8], "little", signed=True) for i in range(0, 32, 8)]
     mine = torch.tensor([int(failure is not None), *counts, *words], dtype=torch.int64, device=device)
     total = mine.clone()
@@ -40,7 +49,7 @@ def agree(digest: bytes, counts: Sequence[int], failure: Exception | None, world
     if int(total[0]):
         raise_together(failure, world, device)
     if not torch.equal(total[-len(words) :], mine[-len(words) :] * world.size()):
-        raise_together(_plans_differ(), world, device)
+        _raise_difference(table, world, device)
     return total[1 : 1 + len(counts)].tolist()
 
 
@@ -97,8 +106,14 @@ def _to_bytes(failure: Exception | None) -> bytes:
     return (bytes([code]) + text.encode())[:MESSAGE_BYTES].ljust(MESSAGE_BYTES, b"\0")
 
 
-def _plans_differ() -> PlanError:
-    return PlanError(
-        "the ranks derived different step plans; they must read the same index with the same settings and the same version "
-        "of this program: compare the run folder's config.yaml, data.train and the installed package on every host"
-    )
+def _raise_difference(table: np.ndarray, world: ProcessGroup, device: torch.device) -> None:
+    """Compare with the lowest rank's table, so that the ranks whose own differs say how."""
+    first = dist.get_global_rank(world, 0)
+    num_rows = torch.tensor(len(table), device=device)
+    dist.broadcast(num_rows, src=first, group=world)
+    theirs = torch.zeros((int(num_rows), table.shape[1]), dtype=torch.int64, device=device)
+    if world.rank() == 0:
+        theirs.copy_(torch.from_numpy(table))
+    dist.broadcast(theirs, src=first, group=world)
+    difference = first_difference(table, theirs.cpu().numpy())
+    raise_together(None if difference is None else PlanError(PLANS_DIFFER.format(difference)), world, device)

@@ -8,7 +8,7 @@ from megatron_keye.data.loader import replica_pixel_bytes
 from megatron_keye.data.tokenizer import load_tokenizer
 from megatron_keye.errors import KeyeError
 from megatron_keye.plan.cursor import Cursor
-from megatron_keye.plan.types import StepPlan
+from megatron_keye.plan.types import ReplicaPlan
 from megatron_keye.train.placement import Planner
 
 
@@ -86,20 +86,19 @@ def _first_plan(config: RunConfig, processes: int) -> str:
     except KeyeError as error:
         return f"first step: cannot be planned here: {error}"
     planner = Planner(config, num_replicas(config, processes))
-    plan, _ = planner.over(dataset.shapes)(Cursor())
-    loads = planner.loads(plan)
+    plan, _ = planner.over(dataset.plan_data)(Cursor())
+    loads = planner.loads(plan.replicas)
     lines = [
         f"data: {len(dataset):,} samples in {config.data.train}, {len(dataset.rejected)} left out",
         f"first step: predicted imbalance (max / mean) decoder {loads.decoder_imbalance:.3f}, ViT {loads.vision_imbalance:.3f}",
-        *(_replica_line(number, plan) for number in range(min(len(plan.replicas), 8))),
+        *(_replica_line(number, plan.replicas[number]) for number in range(min(len(plan.replicas), 8))),
     ]
     if len(plan.replicas) > 8:
         lines.append(f"  ... and {len(plan.replicas) - 8} more replicas")
     return "\n".join(lines)
 
 
-def _replica_line(number: int, plan: StepPlan) -> str:
-    replica = plan.replicas[number]
+def _replica_line(number: int, replica: ReplicaPlan) -> str:
     documents = [document for row in replica.rows for document in row.documents]
     return (
         f"  replica {number}: {len(documents)} samples in {len(replica.rows)} rows of {[row.num_tokens for row in replica.rows]} tokens, "

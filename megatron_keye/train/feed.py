@@ -1,9 +1,9 @@
 """The stream of step batches on one rank.
 
-1. A background thread plans the coming steps from the cursor and, on a replica's leader, reads and decodes them ahead, within
-   a number of steps and a budget of bytes. It issues no collectives.
+1. A background thread plans the coming steps from the cursor, lays out this rank's batches and, on a replica's leader, reads and
+   decodes them ahead, within a number of steps and a budget of bytes. It issues no collectives.
 2. `next_step` takes the next one in the main thread; all ranks agree on the plan; rows are broadcast and pixels scattered
-   within the replica; and the result becomes a batch on this rank's device.
+   within the replica, and fill the batch.
 
 Nothing here has state worth saving: the cursor that comes with a step says where the step after it begins.
 """
@@ -13,6 +13,7 @@ import time
 from collections import deque
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 
 from megatron_keye.config.schema import RunConfig
@@ -31,18 +32,20 @@ from megatron_keye.errors import SettingsError
 from megatron_keye.model.decoder_config import PRECISION
 from megatron_keye.parallel.groups import Groups
 from megatron_keye.plan.cursor import Cursor
-from megatron_keye.plan.digest import plan_digest
+from megatron_keye.plan.digest import NO_TABLE, plan_table
 from megatron_keye.plan.types import ReplicaPlan, StepPlan
-from megatron_keye.train.batch import RankInputs, StepBatch, make_batch
+from megatron_keye.train.batch import BatchLayout, StepBatch, fill, lay_out
 from megatron_keye.train.consensus import agree, from_all_ranks
 from megatron_keye.train.placement import Planner
 
 
 @dataclass(frozen=True)
 class FedStep:
-    """One step ready to run: its plan and batch, the cursor after it, what any replica had to skip, and how long it took to get."""
+    """One step ready to run: its plan, this replica's share of it, the cursor after it, this rank's batch, what any replica had to
+    skip, and how long it took to get."""
 
     plan: StepPlan
+    share: ReplicaPlan
     after: Cursor
     batch: StepBatch
     skipped: list[SkippedSample]
@@ -51,9 +54,15 @@ class FedStep:
 
 @dataclass
 class _Prepared:
+    """`data` and `num_supervised`, the supervised tokens in it, are the leader's; None and 0 elsewhere."""
+
     plan: StepPlan
+    share: ReplicaPlan
     after: Cursor
+    table: np.ndarray
+    layout: BatchLayout
     data: ReplicaData | None
+    num_supervised: int
     pixel_bytes: int
 
 
@@ -78,13 +87,13 @@ class Feed:
         began_s = time.perf_counter()
         prepared = self._take()
         failure = prepared if isinstance(prepared, Exception) else None
-        digest = bytes(32) if failure else plan_digest(prepared.plan)
-        supervised = 0 if failure else self._count_supervised(prepared)
+        table = NO_TABLE if failure else prepared.table
         own_skipped = [] if failure or prepared.data is None else prepared.data.skipped
-        num_supervised, num_skipped = agree(digest, (supervised, len(own_skipped)), failure, self._groups.world, self._device)
+        counts = (0 if failure else prepared.num_supervised, len(own_skipped))
+        num_supervised, num_skipped = agree(table, counts, failure, self._groups.world, self._device)
         skipped = from_all_ranks(own_skipped, self._groups.world) if num_skipped else []
         batch = self._deliver(prepared, num_supervised)
-        return FedStep(prepared.plan, prepared.after, batch, skipped, time.perf_counter() - began_s)
+        return FedStep(prepared.plan, prepared.share, prepared.after, batch, skipped, time.perf_counter() - began_s)
 
     def close(self) -> None:
         """End the background thread, and with it what it was decoding, within the time that one sample takes."""
@@ -98,19 +107,23 @@ class Feed:
     def _prepare_ahead(self, cursor: Cursor) -> None:
         """Runs in the background until closed, or until a step fails: the exception then stands in the queue in its place."""
         try:
-            plan_at = self._planner.over(self._dataset.shapes)
+            plan_at = self._planner.over(self._dataset.plan_data)
             while True:
                 plan, after = plan_at(cursor)
                 share = plan.replicas[self._groups.coordinate("dp")]
-                pixel_bytes = replica_pixel_bytes(share)
-                check_budgets(plan, self._config)
-                if not self._wait_for_room(pixel_bytes):
+                check_budgets(share, f"step {plan.step}, replica {self._groups.coordinate('dp')}", self._config)
+                if not self._wait_for_room(replica_pixel_bytes(share)):
                     return
-                data = None if self._loader is None else self._loader.load(share)
-                self._put(_Prepared(plan, after, data, pixel_bytes))
+                self._put(self._prepare(plan, share, after))
                 cursor = after
         except Exception as error:
             self._put(error)
+
+    def _prepare(self, plan: StepPlan, share: ReplicaPlan, after: Cursor) -> "_Prepared":
+        layout = lay_out(share, self._config, self._groups, self._device)
+        data = None if self._loader is None else self._loader.load(share)
+        supervised = 0 if data is None else count_supervised(share, data)
+        return _Prepared(plan, share, after, plan_table(plan), layout, data, supervised, replica_pixel_bytes(share))
 
     def _wait_for_room(self, pixel_bytes: int) -> bool:
         """Block until another step may be decoded; False when the feed was closed instead."""
@@ -138,16 +151,8 @@ class Feed:
             self._changed.notify_all()
             return item
 
-    def _count_supervised(self, prepared: _Prepared) -> int:
-        """Supervised tokens of this replica, counted by its leader alone."""
-        if prepared.data is None:
-            return 0
-        rows = prepared.plan.replicas[self._groups.coordinate("dp")].rows
-        return sum(num_supervised(tokens, row.cu_seqlens) for tokens, row in zip(prepared.data.rows, rows, strict=True))
-
-    def _deliver(self, prepared: _Prepared, supervised: int) -> StepBatch:
-        groups, device = self._groups, self._device
-        share = prepared.plan.replicas[groups.coordinate("dp")]
+    def _deliver(self, prepared: _Prepared, num_supervised: int) -> StepBatch:
+        groups, device, share = self._groups, self._device, prepared.share
         rows = None
         if groups.ends is not None:
             lengths = [row.num_tokens for row in share.rows]
@@ -156,26 +161,29 @@ class Feed:
         counts = patch_counts(share, groups.grid.replica_size)
         stacked = None if prepared.data is None else stack_patches(prepared.data.patches, counts)
         patches = scatter_patches(stacked, counts, groups.replica, device)
-        return make_batch(RankInputs(prepared.plan, rows, patches, supervised), self._config, groups, device)
+        return fill(prepared.layout, rows, patches, num_supervised, groups, device)
 
 
-def check_budgets(plan: StepPlan, config: RunConfig) -> None:
-    """Raise SettingsError where a replica's pixels or visual embeddings of this step exceed their budget; the same on all ranks."""
+def count_supervised(replica: ReplicaPlan, data: ReplicaData) -> int:
+    """Supervised tokens of what was loaded: the labels say, not the index, so that a skipped sample has none."""
+    return sum(num_supervised(tokens, row.cu_seqlens) for tokens, row in zip(data.rows, replica.rows, strict=True))
+
+
+def check_budgets(replica: ReplicaPlan, place: str, config: RunConfig) -> None:
+    """Raise SettingsError, naming the `place`, where a replica's pixels or visual embeddings of one step exceed their budget."""
     row_bytes = config.model.decoder.hidden_size * PRECISION[config.train.precision].itemsize
-    for number, replica in enumerate(plan.replicas):
-        place = f"step {plan.step}, replica {number}"
-        pixels = replica_pixel_bytes(replica)
-        if pixels > config.data.prefetch_bytes:
-            raise SettingsError(
-                f"{place}: its pixels take {pixels:,} bytes, and data.prefetch_bytes is {config.data.prefetch_bytes:,}; "
-                "raise that budget or lower data.global_batch_samples or the media limits"
-            )
-        slab = _visual_tokens(replica) * row_bytes // config.parallel.cp
-        if slab > config.encode.slab_bytes:
-            raise SettingsError(
-                f"{place}: the visual embeddings of a rank take about {slab:,} bytes, and encode.slab_bytes is "
-                f"{config.encode.slab_bytes:,}; raise that budget, use more context-parallel ranks or a smaller global batch"
-            )
+    pixels = replica_pixel_bytes(replica)
+    if pixels > config.data.prefetch_bytes:
+        raise SettingsError(
+            f"{place}: its pixels take {pixels:,} bytes, and data.prefetch_bytes is {config.data.prefetch_bytes:,}; "
+            "raise that budget or lower data.global_batch_samples or the media limits"
+        )
+    slab = _visual_tokens(replica) * row_bytes // config.parallel.cp
+    if slab > config.encode.slab_bytes:
+        raise SettingsError(
+            f"{place}: the visual embeddings of a rank take about {slab:,} bytes, and encode.slab_bytes is "
+            f"{config.encode.slab_bytes:,}; raise that budget, use more context-parallel ranks or a smaller global batch"
+        )
 
 
 def _visual_tokens(replica: ReplicaPlan) -> int:

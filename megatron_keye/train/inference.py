@@ -14,8 +14,7 @@ from megatron_keye.data.loader import ReplicaLoader, patch_counts, stack_patches
 from megatron_keye.data.tokenize import TokenizedSample
 from megatron_keye.model.encode import EncodePhases
 from megatron_keye.objective.cross_entropy import token_nll
-from megatron_keye.plan.types import StepPlan
-from megatron_keye.train.batch import Microbatch, RankInputs, make_batch
+from megatron_keye.train.batch import Microbatch, fill, lay_out
 from megatron_keye.train.build import KeyeModel
 from megatron_keye.train.placement import Planner
 
@@ -85,14 +84,13 @@ class Scorer:
 
     @torch.no_grad()
     def _score(self, members: Sequence[int], samples: Samples, loader: ReplicaLoader) -> dict[int, SampleScore]:
-        shapes = {sample: samples.shape(sample) for sample in members}
-        (replica,) = self._planner.place(members, shapes)
+        (replica,) = self._planner.place(members, [samples.shape(sample) for sample in members])
         data = loader.load(replica)
         counts = patch_counts(replica, num_ranks=1)
         patches = torch.from_numpy(stack_patches(data.patches, counts)).split(counts[0])
         model = self._model
-        inputs = RankInputs(StepPlan(0, tuple(members), (replica,)), data.rows, patches, num_supervised=0)
-        batch = make_batch(inputs, model.config, model.groups, model.device)
+        layout = lay_out(replica, model.config, model.groups, model.device)
+        batch = fill(layout, data.rows, patches, 0, model.groups, model.device)
         slab = self._encode.forward(batch.rounds, batch.route, model.device)
         scores = {}
         for row, tokens, microbatch, visual in zip(

@@ -4,20 +4,21 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 from megatron_keye.config.schema import RunConfig
+from megatron_keye.contract.media import SampleShape
 from megatron_keye.parallel.grid import RankGrid
 from megatron_keye.plan.cost import cost_model
 from megatron_keye.plan.cursor import Cursor
 from megatron_keye.plan.lookahead import Lookahead
 from megatron_keye.plan.step import (
+    PlanData,
     PlanSettings,
     PredictedLoads,
-    SampleShapes,
     StepPlanner,
     place_members,
     predicted_loads,
     replicate_tasks,
 )
-from megatron_keye.plan.types import ReplicaPlan, StepPlan
+from megatron_keye.plan.types import ReplicaPlan, Replicas, StepPlan
 
 
 def rank_grid(config: RunConfig, num_replicas: int) -> RankGrid:
@@ -59,10 +60,12 @@ class Planner:
     def __init__(self, config: RunConfig, num_replicas: int):
         self._settings = plan_settings(config, num_replicas)
         self._replicate_over = encoder_copies(config)
+        self.encoders = self._replicate_over or self._settings.encoders
+        """Places within a replica of the ranks that encode, as `loads` lists them."""
 
-    def over(self, shapes: SampleShapes) -> Callable[[Cursor], tuple[StepPlan, Cursor]]:
+    def over(self, data: PlanData) -> Callable[[Cursor], tuple[StepPlan, Cursor]]:
         """A function from a cursor to the plan of its step and the cursor after it. Keeps the lookahead windows in use."""
-        steps = StepPlanner(shapes, self._settings)
+        steps = StepPlanner(data, self._settings)
 
         def plan_at(cursor: Cursor) -> tuple[StepPlan, Cursor]:
             plan, after = steps.plan(cursor)
@@ -70,16 +73,16 @@ class Planner:
 
         return plan_at
 
-    def place(self, members: Sequence[int], shapes: SampleShapes) -> tuple[ReplicaPlan, ...]:
-        """Placement alone, of given samples."""
+    def place(self, members: Sequence[int], shapes: Sequence[SampleShape]) -> Replicas:
+        """Placement alone, of given samples, whose shapes come in the same order."""
         return self._replicated(place_members(members, shapes, self._settings))
 
-    def loads(self, plan: StepPlan) -> PredictedLoads:
-        """What the cost model says of a plan made here, over the ranks that encode in it."""
-        return predicted_loads(plan, replace(self._settings, encoders=self._replicate_over or self._settings.encoders))
+    def loads(self, replicas: Sequence[ReplicaPlan]) -> PredictedLoads:
+        """What the cost model says of replicas planned here, over the ranks that encode in them."""
+        return predicted_loads(replicas, replace(self._settings, encoders=self.encoders))
 
-    def _replicated(self, replicas: tuple[ReplicaPlan, ...]) -> tuple[ReplicaPlan, ...]:
-        return tuple(replicate_tasks(r, self._replicate_over) for r in replicas) if self._replicate_over else replicas
+    def _replicated(self, replicas: Replicas) -> Replicas:
+        return replicas.mapped(lambda replica: replicate_tasks(replica, self._replicate_over)) if self._replicate_over else replicas
 
 
 def encoder_copies(config: RunConfig) -> tuple[int, ...]:

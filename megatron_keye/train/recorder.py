@@ -5,6 +5,7 @@ import resource
 import sys
 import time
 from dataclasses import dataclass
+from statistics import fmean
 
 import torch
 import torch.distributed as dist
@@ -13,6 +14,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch.utils.tensorboard import SummaryWriter
 
 from megatron_keye.plan.balance import imbalance
+from megatron_keye.plan.types import ReplicaPlan
 from megatron_keye.train.feed import FedStep
 from megatron_keye.train.placement import Planner
 from megatron_keye.train.run_dir import JsonLines, RunDir
@@ -20,6 +22,10 @@ from megatron_keye.train.runtime import Runtime
 from megatron_keye.train.step import StepResult
 
 PHASES = ("data_wait", "encode", "route", "decoder", "encode_backward", "optimizer")
+LOADS = ("decoder_load", "vision_load")
+"""FLOPs that the planner predicts: of this rank's replica, and of what this rank encodes; NaN where it encodes nothing, ever."""
+COUNTS = ("tokens", "visual_tokens", "padding_tokens")
+"""Of the replica, as its leader counts them; 0 on its other ranks."""
 LOG_EVERY_S = 15.0
 
 
@@ -35,7 +41,7 @@ class StepRecord:
 
 
 class Recorder:
-    """Writes on the main rank; `record` is a collective, because phase times of all ranks are compared."""
+    """Writes on the main rank; `record` is a collective, because all ranks' phase times and loads are compared."""
 
     def __init__(self, run_dir: RunDir, runtime: Runtime, planner: Planner, first_step: int, num_steps: int):
         self._runtime, self._planner, self._num_steps = runtime, planner, num_steps
@@ -53,13 +59,16 @@ class Recorder:
                 self._progress.start()
 
     def record(self, record: StepRecord) -> None:
-        phases = {**record.result.phase_s, "data_wait": record.fed.wait_s}
-        mine = torch.tensor([phases.get(name, 0.0) for name in PHASES], dtype=torch.float64, device=self._runtime.device)
+        fed = record.fed
+        values = {**record.result.phase_s, "data_wait": fed.wait_s, **self._loads(fed.share), **self._counts(fed.share)}
+        mine = [values.get(name, 0.0) for name in (*PHASES, *LOADS, *COUNTS)]
+        mine = torch.tensor(mine, dtype=torch.float64, device=self._runtime.device)
         world = self._runtime.groups.world
         every = [torch.empty_like(mine) for _ in range(world.size())]
         dist.all_gather(every, mine, group=world)
         if self._runtime.is_main:
-            self._write(record, torch.stack(every).cpu())
+            columns = torch.stack(every, dim=1).tolist()
+            self._write(record, dict(zip((*PHASES, *LOADS, *COUNTS), columns, strict=True)))
 
     def say(self, message: str) -> None:
         """One line for people, from the main rank only."""
@@ -81,13 +90,15 @@ class Recorder:
         if self._board is not None:
             self._board.close()
 
-    def _write(self, record: StepRecord, phases_RP: torch.Tensor) -> None:
+    def _write(self, record: StepRecord, by_rank: dict[str, list[float]]) -> None:
         plan, result = record.fed.plan, record.result
         fields = {
             "step": plan.step, "loss": result.loss, "grad_norm": result.grad_norm, "lr": record.lr, "updated": result.updated,
-            **_counts(record), "step_time_s": round(record.step_time_s, 5),
-            **{f"{name}_s": round(float(seconds), 5) for name, seconds in zip(PHASES, phases_RP.mean(dim=0), strict=True)},
-            **self._balance(record, phases_RP), "memory_bytes": _memory_bytes(self._runtime.device),
+            "samples": len(plan.members), "skipped_samples": len(record.fed.skipped),
+            "supervised_tokens": record.fed.batch.num_supervised, **{name: int(sum(by_rank[name])) for name in COUNTS},
+            "step_time_s": round(record.step_time_s, 5),
+            **{f"{name}_s": round(fmean(by_rank[name]), 5) for name in PHASES},
+            **_balance(by_rank), "memory_bytes": _memory_bytes(self._runtime.device),
             "epoch": record.fed.after.position / record.dataset_samples,
         }  # fmt: skip
         fields["tokens_per_s"] = round(fields["tokens"] / record.step_time_s, 1)
@@ -111,16 +122,19 @@ class Recorder:
         if not math.isfinite(record.result.grad_norm):
             self.say(f"step {done}: the gradient is not finite, so no weight was changed")
 
-    def _balance(self, record: StepRecord, phases_RP: torch.Tensor) -> dict[str, float]:
-        """max / mean over ranks: predicted by the planner's own function, and as it came out."""
-        predicted = self._planner.loads(record.fed.plan)
-        encode = phases_RP[:, PHASES.index("encode")] + phases_RP[:, PHASES.index("encode_backward")]
-        return {
-            "decoder_imbalance_predicted": round(predicted.decoder_imbalance, 4),
-            "vision_imbalance_predicted": round(predicted.vision_imbalance, 4),
-            "decoder_imbalance_measured": round(imbalance(phases_RP[:, PHASES.index("decoder")].tolist()), 4),
-            "vision_imbalance_measured": round(imbalance(encode.tolist()), 4),
-        }
+    def _loads(self, share: ReplicaPlan) -> dict[str, float]:
+        """What the planner's own function says of this rank."""
+        loads = self._planner.loads([share])
+        vision = dict(zip(self._planner.encoders, loads.vision[0], strict=True))
+        return dict(zip(LOADS, (loads.decoder[0], vision.get(self._runtime.groups.replica_rank, math.nan)), strict=True))
+
+    def _counts(self, share: ReplicaPlan) -> dict[str, int]:
+        if not self._runtime.groups.is_leader:
+            return {}
+        shapes = [document.shape for row in share.rows for document in row.documents]
+        tokens = sum(shape.num_tokens for shape in shapes)
+        padding = sum(row.num_tokens for row in share.rows) - tokens
+        return dict(zip(COUNTS, (tokens, sum(shape.num_visual_tokens for shape in shapes), padding), strict=True))
 
     def _show(self, fields: dict) -> None:
         done = fields["step"] + 1
@@ -132,17 +146,16 @@ class Recorder:
             self.say(f"step {done}/{self._num_steps}  {note}")
 
 
-def _counts(record: StepRecord) -> dict[str, int]:
-    documents = [d for replica in record.fed.plan.replicas for row in replica.rows for d in row.documents]
-    return {
-        "samples": len(documents),
-        "skipped_samples": len(record.fed.skipped),
-        "tokens": sum(d.shape.num_tokens for d in documents),
-        "visual_tokens": sum(d.shape.num_visual_tokens for d in documents),
-        "supervised_tokens": record.fed.batch.num_supervised,
-        "padding_tokens": sum(r.num_tokens for replica in record.fed.plan.replicas for r in replica.rows)
-        - sum(d.shape.num_tokens for d in documents),
+def _balance(by_rank: dict[str, list[float]]) -> dict[str, float]:
+    """max / mean over ranks: predicted by the planner, and as it came out."""
+    encode = [forward + backward for forward, backward in zip(by_rank["encode"], by_rank["encode_backward"], strict=True)]
+    of = {
+        "decoder_imbalance_predicted": by_rank["decoder_load"],
+        "vision_imbalance_predicted": [load for load in by_rank["vision_load"] if not math.isnan(load)],
+        "decoder_imbalance_measured": by_rank["decoder"],
+        "vision_imbalance_measured": encode,
     }
+    return {name: round(imbalance(loads), 4) for name, loads in of.items()}
 
 
 def _memory_bytes(device: torch.device) -> int:

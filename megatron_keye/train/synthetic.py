@@ -12,8 +12,8 @@ from megatron_keye.config.schema import RunConfig, Variant
 from megatron_keye.contract.media import PATCH_VALUES, PatchGrid, SampleShape, Segment
 from megatron_keye.contract.rows import RowTokens, num_supervised
 from megatron_keye.parallel.groups import Groups
-from megatron_keye.plan.types import ReplicaPlan, Row, StepPlan
-from megatron_keye.train.batch import RankInputs
+from megatron_keye.plan.types import ReplicaPlan, Replicas, Row
+from megatron_keye.train.batch import StepBatch, fill, lay_out
 from megatron_keye.train.placement import Planner
 
 PROOF_STEPS = 2
@@ -50,24 +50,23 @@ def _video(variant: Variant, frames: int, gap_tokens: int) -> tuple[Segment, ...
     return tuple(Segment(PatchGrid(1, 4, 6), gap_tokens) for _ in range(frames))
 
 
-def synthetic_plan(shapes: Sequence[SampleShape], step: int, config: RunConfig, num_replicas: int) -> StepPlan:
+def synthetic_plan(shapes: Sequence[SampleShape], config: RunConfig, num_replicas: int) -> Replicas:
     """The trainer's own placement of `shapes` on the layout of `config`."""
-    members = tuple(range(len(shapes)))
-    return StepPlan(step, members, Planner(config, num_replicas).place(members, shapes))
+    return Planner(config, num_replicas).place(range(len(shapes)), shapes)
 
 
-def synthetic_inputs(plan: StepPlan, config: RunConfig, groups: Groups) -> RankInputs:
-    """This rank's inputs for `plan`: random token ids, about 60 % of the text supervised, random pixels."""
-    replica = plan.replicas[groups.coordinate("dp")]
+def synthetic_batch(step: int, replicas: Sequence[ReplicaPlan], config: RunConfig, groups: Groups, device: torch.device) -> StepBatch:
+    """This rank's batch of a step so placed: random token ids, about 60 % of the text supervised, random pixels."""
+    replica = replicas[groups.coordinate("dp")]
     vocab_size = config.model.decoder.vocab_size
-    rows = [_row_tokens(row, plan.step, vocab_size) for row in replica.rows]
+    rows = [_row_tokens(row, step, vocab_size) for row in replica.rows]
     patches = [
         torch.from_numpy(np.concatenate([np.zeros((0, PATCH_VALUES), dtype=np.uint8), *own]))
-        for own in _patches_by_round(replica, groups.replica_rank, plan.step)
+        for own in _patches_by_round(replica, groups.replica_rank, step)
     ]
-    every_row = [row for share in plan.replicas for row in share.rows]
-    supervised = sum(num_supervised(_row_tokens(row, plan.step, vocab_size), row.cu_seqlens) for row in every_row)
-    return RankInputs(plan, rows if groups.is_first_stage or groups.is_last_stage else None, patches, supervised)
+    every_row = [row for share in replicas for row in share.rows]
+    supervised = sum(num_supervised(_row_tokens(row, step, vocab_size), row.cu_seqlens) for row in every_row)
+    return fill(lay_out(replica, config, groups, device), rows, patches, supervised, groups, device)
 
 
 def _row_tokens(row: Row, step: int, vocab_size: int) -> RowTokens:

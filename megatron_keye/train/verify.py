@@ -21,13 +21,12 @@ from megatron_keye.model.names import Piece
 from megatron_keye.parallel.cpu import adapt_to_cpu
 from megatron_keye.parallel.groups import Groups, build_groups, prepare_megatron
 from megatron_keye.parallel.launch import run_ranks
-from megatron_keye.plan.types import ReplicaPlan, StepPlan
-from megatron_keye.train.batch import make_batch
+from megatron_keye.plan.types import ReplicaPlan
 from megatron_keye.train.build import KeyeModel, build_model, build_optimizer
 from megatron_keye.train.layouts import Layout, parse_layout
 from megatron_keye.train.placement import rank_grid
 from megatron_keye.train.step import TrainStep
-from megatron_keye.train.synthetic import proof_shapes, synthetic_inputs, synthetic_plan
+from megatron_keye.train.synthetic import proof_shapes, synthetic_batch, synthetic_plan
 
 FLOAT64_TOLERANCE = 1e-10
 PROOF_STD = 0.08
@@ -167,10 +166,10 @@ def trace_rank(config: RunConfig, reverse_rows: bool) -> Trace:
     step = TrainStep(model, build_optimizer(model))
     losses, norms, gradients = [], [], []
     for number, shapes in enumerate(proof_shapes(config.model.variant)):
-        plan = synthetic_plan(shapes, number, config, num_replicas)
+        replicas = synthetic_plan(shapes, config, num_replicas)
         if reverse_rows:
-            plan = with_reversed_rows(plan)
-        batch = make_batch(synthetic_inputs(plan, config, groups), config, groups, device)
+            replicas = replicas.mapped(with_reversed_rows)
+        batch = synthetic_batch(number, replicas, config, groups, device)
         losses.append(step.accumulate(batch))
         gradients.append(gather_gradients(model))
         norms.append(step.update(1.0, batch.num_supervised)[0])
@@ -178,12 +177,8 @@ def trace_rank(config: RunConfig, reverse_rows: bool) -> Trace:
     return Trace(losses, norms, gradients, gather_pieces(model.pieces(), groups))
 
 
-def with_reversed_rows(plan: StepPlan) -> StepPlan:
-    """The same step with every replica's microbatches in the opposite order."""
-    return replace(plan, replicas=tuple(_reversed(replica) for replica in plan.replicas))
-
-
-def _reversed(replica: ReplicaPlan) -> ReplicaPlan:
+def with_reversed_rows(replica: ReplicaPlan) -> ReplicaPlan:
+    """The same work with the replica's microbatches in the opposite order."""
     last = len(replica.rows) - 1
     tasks = [replace(task, microbatch=last - task.microbatch) for task in replica.tasks]
     tasks.sort(key=lambda task: (task.encoder, task.round, task.microbatch, task.document, task.segment))

@@ -24,12 +24,11 @@ from megatron_keye.model.names import encoder_pieces
 from megatron_keye.parallel.groups import build_groups, prepare_megatron
 from megatron_keye.parallel.launch import run_ranks
 from megatron_keye.train import build, checkpointing
-from megatron_keye.train.batch import make_batch
 from megatron_keye.train.build import build_model, build_optimizer
 from megatron_keye.train.layouts import parse_layout
 from megatron_keye.train.placement import rank_grid
 from megatron_keye.train.step import TrainStep
-from megatron_keye.train.synthetic import proof_shapes, synthetic_inputs, synthetic_plan
+from megatron_keye.train.synthetic import proof_shapes, synthetic_batch, synthetic_plan
 from megatron_keye.train.verify import (
     FLOAT64_TOLERANCE,
     complete_weights,
@@ -87,8 +86,8 @@ class Run:
 
     def advance(self, number: int) -> Outcome:
         shapes = proof_shapes(self.config.model.variant)
-        plan = synthetic_plan(shapes[number % len(shapes)], number, self.config, self.num_replicas)
-        batch = make_batch(synthetic_inputs(plan, self.config, self.groups), self.config, self.groups, torch.device("cpu"))
+        replicas = synthetic_plan(shapes[number % len(shapes)], self.config, self.num_replicas)
+        batch = synthetic_batch(number, replicas, self.config, self.groups, torch.device("cpu"))
         loss = self.step.accumulate(batch)
         gradients = gather_gradients(self.model)
         norm, _ = self.step.update(1.0, batch.num_supervised)

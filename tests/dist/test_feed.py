@@ -7,14 +7,14 @@ import numpy as np
 import pytest
 import torch.distributed as dist
 
-from megatron_keye.contract.rows import num_supervised
 from megatron_keye.data import dataset as dataset_module
 from megatron_keye.data.loader import ReplicaLoader
 from megatron_keye.errors import DataError
 from megatron_keye.plan.context_split import local_tokens
 from megatron_keye.plan.cursor import Cursor
-from megatron_keye.train.consensus import failing_together, raise_together
-from megatron_keye.train.feed import Feed
+from megatron_keye.plan.digest import PLAN_COLUMNS
+from megatron_keye.train.consensus import agree, failing_together, raise_together
+from megatron_keye.train.feed import Feed, count_supervised
 from megatron_keye.train.loop import Training
 from megatron_keye.train.placement import Planner
 from megatron_keye.train.run_dir import RunDir
@@ -55,7 +55,7 @@ def rank_steps(config, tiny):
     for _ in range(NUM_STEPS):
         fed = feed.next_step()
         microbatches = [tuple(None if t is None else t.numpy() for t in (m.token_ids, m.labels, m.weights)) for m in fed.batch.microbatches]
-        steps.append((fed.plan, microbatches, [r.patches.numpy() for r in fed.batch.rounds], fed.batch.num_supervised))
+        steps.append((tuple(fed.plan.replicas), microbatches, [r.patches.numpy() for r in fed.batch.rounds], fed.batch.num_supervised))
     feed.close()
     return place, steps
 
@@ -72,8 +72,8 @@ def expected_row(row, dataset):
 
 
 def check_rank(config, dataset, place, step):
-    plan, microbatches, rounds, supervised = step
-    replica = plan.replicas[place["dp"]]
+    replicas, microbatches, rounds, supervised = step
+    replica = replicas[place["dp"]]
     is_first, is_last = place["pp"] == 0, place["pp"] == config.parallel.pp - 1
     for row, (token_ids, labels, weights) in zip(replica.rows, microbatches, strict=True):
         expected_ids, expected_labels = expected_row(row, dataset)
@@ -88,7 +88,7 @@ def check_rank(config, dataset, place, step):
         own = [task for task in replica.tasks if (task.encoder, task.round) == (place["replica_rank"], number)]
         segments = [dataset.pixels(replica.rows[t.microbatch].documents[t.document].sample)[t.segment] for t in own]
         np.testing.assert_array_equal(patches, np.concatenate([np.zeros((0, 588), np.uint8), *segments]))
-    every_row = [row for share in plan.replicas for row in share.rows]
+    every_row = [row for share in replicas for row in share.rows]
     assert supervised == sum(int((expected_row(row, dataset)[1] >= 0).sum()) for row in every_row)
 
 
@@ -104,7 +104,7 @@ def test_every_rank_gets_its_part_and_only_leaders_read(tiny, layout):
     plans = [[plan.members for plan, *_ in steps] for _, steps in ranks]
     planner, cursor = Planner(config, 1), Cursor()
     for number in range(NUM_STEPS):
-        plan, cursor = planner.over(dataset.shapes)(cursor)
+        plan, cursor = planner.over(dataset.plan_data)(cursor)
         assert {members[number] for members in plans} == {plan.members}
 
 
@@ -126,12 +126,12 @@ def test_a_whole_run_with_validation_reads_on_leaders_alone(tiny, tmp_path):
 def test_the_sample_set_has_several_rounds_and_ranks_without_pictures(tiny):
     """Else the test above would show little."""
     config = tiny.config("data.global_batch_samples=6", "encode.patches_per_round=80")
-    plan, _ = Planner(config, 1).over(tiny.dataset(config).shapes)(Cursor())
+    plan, _ = Planner(config, 1).over(tiny.dataset(config).plan_data)(Cursor())
     assert plan.replicas[0].num_rounds > 1
     one = tiny.config("data.global_batch_samples=1")
     planner, cursor, tasks = Planner(one, 1), Cursor(), []
     for _ in range(6):
-        plan, cursor = planner.over(tiny.dataset(one).shapes)(cursor)
+        plan, cursor = planner.over(tiny.dataset(one).plan_data)(cursor)
         tasks.append(len(plan.replicas[0].tasks))
     assert 0 in tasks
 
@@ -150,8 +150,8 @@ def failing_steps(config, tiny, failing_rank, error):
     """Steps on a set of which one sample of the second step cannot be decoded on `failing_rank`."""
     runtime = runtime_here(config)
     dataset = tiny.dataset(config)
-    plan, cursor = Planner(config, runtime.groups.grid.dp).over(dataset.shapes)(Cursor())
-    plan, _ = Planner(config, runtime.groups.grid.dp).over(dataset.shapes)(cursor)
+    plan, cursor = Planner(config, runtime.groups.grid.dp).over(dataset.plan_data)(Cursor())
+    plan, _ = Planner(config, runtime.groups.grid.dp).over(dataset.plan_data)(cursor)
     bad = {document.sample for row in plan.replicas[runtime.groups.coordinate("dp")].rows for document in row.documents}
     pixels = dataset.pixels
 
@@ -272,9 +272,27 @@ def test_the_count_of_supervised_tokens_leaves_out_first_tokens(tiny):
     """A document's first token is nobody's label, wherever it stands in the row."""
     config = tiny.config("data.global_batch_samples=24")
     dataset = tiny.dataset(config)
-    plan, _ = Planner(config, 1).over(dataset.shapes)(Cursor())
+    plan, _ = Planner(config, 1).over(dataset.plan_data)(Cursor())
     loader = ReplicaLoader(dataset, pad_id=PAD, threads=1, skip_bad=False)
     data = loader.load(plan.replicas[0])
     loader.close()
-    counted = sum(num_supervised(tokens, row.cu_seqlens) for tokens, row in zip(data.rows, plan.replicas[0].rows, strict=True))
-    assert counted == sum(int(dataset.tokens(sample).supervised[1:].sum()) for sample in plan.members)
+    assert count_supervised(plan.replicas[0], data) == sum(int(dataset.tokens(sample).supervised[1:].sum()) for sample in plan.members)
+
+
+def agree_with_one_number_changed(config, rank, slot, column):
+    """A plan of three samples, in which `rank` has another number than the others."""
+    runtime = runtime_here(config)
+    table = np.arange(3 * len(PLAN_COLUMNS)).reshape(3, -1)
+    table[slot, column] += 100 * (runtime.groups.rank == rank)
+    return outcome(lambda: agree(table, (1,), None, runtime.groups.world, runtime.device))
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_ranks_with_different_plans_stop_and_name_the_first_difference(tiny, rank):
+    column = PLAN_COLUMNS.index("replica")
+    first, second = on_ranks("dp2", tiny.config(), agree_with_one_number_changed, rank, 1, column)
+    number = len(PLAN_COLUMNS) + column
+    here, there = (number, number + 100) if rank == 0 else (number + 100, number)
+    assert (second[0], first[0]) == ("PlanError", "PeerError")
+    assert f"sample 1 of the step has replica {here} here and {there} there (rank 0)" in second[2]
+    assert second[2] in first[2]

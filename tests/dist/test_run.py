@@ -84,9 +84,9 @@ def test_the_metrics_hold_every_field(straight):
 
 def test_the_ledger_is_the_plans_order_chained_by_hash(tiny, straight):
     config = tiny.config()
-    shapes, cursor, digest = tiny.dataset(config).shapes, Cursor(), LEDGER_START
+    data, cursor, digest = tiny.dataset(config).plan_data, Cursor(), LEDGER_START
     for line in read_lines(RunDir(straight[0]).ledger):
-        plan, cursor = Planner(config, num_replicas=1).over(shapes)(cursor)
+        plan, cursor = Planner(config, num_replicas=1).over(data)(cursor)
         digest = ledger_digest(digest, line["samples"])
         assert line == {"step": plan.step, "samples": list(plan.members), "digest": digest.hex(), "updated": True, "skipped": []}
     assert cursor.step == 6

@@ -12,12 +12,11 @@ from megatron_keye.config.load import load_config
 from megatron_keye.model.init import proof_tensor
 from megatron_keye.parallel.groups import build_groups, prepare_megatron
 from megatron_keye.parallel.launch import run_ranks
-from megatron_keye.train.batch import make_batch
 from megatron_keye.train.build import build_model, build_optimizer
 from megatron_keye.train.layouts import parse_layout
 from megatron_keye.train.placement import rank_grid
 from megatron_keye.train.step import TrainStep
-from megatron_keye.train.synthetic import proof_shapes, synthetic_inputs, synthetic_plan
+from megatron_keye.train.synthetic import proof_shapes, synthetic_batch, synthetic_plan
 from megatron_keye.train.verify import prepare_rank, proof_config
 
 CPU = torch.device("cpu")
@@ -36,8 +35,8 @@ def build_step(config, num_replicas):
     prepare_megatron(groups, config.train.seed)
     model = build_model(config, groups, CPU, draw=proof_tensor)
     step = TrainStep(model, build_optimizer(model))
-    plan = synthetic_plan(proof_shapes(config.model.variant)[0], 0, config, num_replicas)
-    return step, make_batch(synthetic_inputs(plan, config, groups), config, groups, CPU)
+    replicas = synthetic_plan(proof_shapes(config.model.variant)[0], config, num_replicas)
+    return step, synthetic_batch(0, replicas, config, groups, CPU)
 
 
 def local_weights(model):

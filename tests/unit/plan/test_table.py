@@ -9,10 +9,9 @@ from hypothesis import strategies as st
 
 from megatron_keye.contract.media import PatchGrid, SampleShape, Segment
 from megatron_keye.errors import PlanError
-from megatron_keye.plan.assignment import Assignment, AssignmentRules, assign_samples
+from megatron_keye.plan.assignment import AssignmentRules, assign_samples
 from megatron_keye.plan.cost import CostModel
-from megatron_keye.plan.digest import assignment_digest
-from megatron_keye.plan.step import PlanSettings, place_members, replica_plan, shape_costs, step_costs
+from megatron_keye.plan.step import PlanSettings, place_members, replica_plan
 from megatron_keye.plan.table import SampleTable
 
 COST = CostModel(decoder_token=1000, decoder_pair=3, vision_patch=400, vision_pair=2, projector_token=50)
@@ -29,15 +28,34 @@ def test_all_at_once_is_each_alone(shapes, data):
     samples = np.array(data.draw(st.lists(st.integers(0, len(shapes) - 1), max_size=30)), np.int64)
     table = SampleTable.of(shapes)
     together = table.step_costs(samples, COST, 8, 512)
-    for ours, expected in zip(together, step_costs(samples.tolist(), shapes, SETTINGS), strict=True):
-        assert ours.tolist() == expected.tolist()
-    assert table.window_costs(samples, COST).tolist() == shape_costs(shapes, samples, COST).tolist()
+    for number, sample in enumerate(samples.tolist()):
+        shape = shapes[sample]
+        tokens = max(8, -(-shape.num_tokens // 8) * 8)
+        padded = COST.sample_cost(shape, tokens)
+        assert tuple(column[number] for column in together) == (tokens, shape.num_patches, padded.decoder, padded.vision)
+    assert table.window_costs(samples, COST).tolist() == [sum(COST.sample_cost(shapes[sample])) for sample in samples.tolist()]
+
+
+@settings(deadline=None)
+@given(shape_lists, shape_lists, st.data())
+def test_tables_are_put_together_and_changed_as_the_lists_of_shapes_are(first, second, data):
+    numbers = data.draw(st.lists(st.integers(0, len(first) + len(second) - 1), max_size=10, unique=True))
+    together = [*first, *second]
+    changed = [SampleShape(shape.num_tokens + 1, shape.segments[:2]) for shape in (together[number] for number in numbers)]
+    table = SampleTable.concatenated([SampleTable.of(first), SampleTable.of(second)]).with_samples(np.array(numbers, np.int64), changed)
+    for number, shape in zip(numbers, changed, strict=True):
+        together[number] = shape
+    taken = np.array(data.draw(st.permutations(range(len(together)))), np.int64)
+    everywhere = np.arange(len(together))
+    ours, expected = table.taking(taken), SampleTable.of([together[number] for number in taken.tolist()])
+    for own, other in zip(ours.step_costs(everywhere, COST, 8, 640), expected.step_costs(everywhere, COST, 8, 640), strict=True):
+        assert own.tolist() == other.tolist()
 
 
 def test_frames_of_one_size_are_one_run():
     frames = (Segment(PatchGrid(1, 4, 4), 2),) * 100 + (Segment(PatchGrid(1, 2, 8), 2),) * 50 + (Segment(PatchGrid(1, 2, 2), 2),)
     table = SampleTable.of([SampleShape(5), SampleShape(1000, frames)])
-    assert table.first_run.tolist() == [0, 0, 2]
+    assert (table.first_run.tolist(), table.num_runs.tolist()) == ([0, 0], [0, 2])
     assert table.run_segments.tolist() == [150, 1]
 
 
@@ -56,20 +74,5 @@ def test_a_replica_planned_alone_is_the_one_of_the_whole_plan(barrier):
     members = list(range(40))
     costs = SampleTable.of(shapes).step_costs(np.array(members), COST, 8, 512)
     assignment = assign_samples(costs, AssignmentRules(4, 512, 1, barrier))
-    whole = place_members(members, shapes, config)
+    whole = tuple(place_members(members, shapes, config))
     assert tuple(replica_plan(members, shapes, assignment, replica, config) for replica in range(4)) == whole
-
-
-def test_the_digest_sees_every_difference():
-    base = (3, (5, 6, 7), Assignment(np.array([0, 1, 0]), np.array([0, 0, 1]), 2))
-    others = [
-        base,
-        (4, base[1], base[2]),
-        (3, (5, 7, 6), base[2]),
-        (3, base[1], replace(base[2], replica=np.array([0, 1, 1]))),
-        (3, base[1], replace(base[2], row=np.array([0, 0, 0]))),
-        (3, base[1], replace(base[2], row=None)),
-        (3, base[1], replace(base[2], num_rows=3)),
-    ]
-    assert len({assignment_digest(*other) for other in others}) == len(others)
-    assert all(len(assignment_digest(*other)) == 32 for other in others)

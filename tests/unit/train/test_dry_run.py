@@ -50,7 +50,7 @@ def test_the_text_tells_settings_layout_sizes_and_plan(tiny):
     assert "layout: 4 processes = tp 2 x cp 1 x pp 1 x dp 2" in text
     assert f"parameters: {total_parameters(config.model):,} in all" in text
     assert "data: 24 samples in" in text
-    plan, _ = Planner(config, 2).over(tiny.dataset(config).shapes)(Cursor())
+    plan, _ = Planner(config, 2).over(tiny.dataset(config).plan_data)(Cursor())
     for number, replica in enumerate(plan.replicas):
         lengths = [row.num_tokens for row in replica.rows]
         samples = sum(len(row.documents) for row in replica.rows)

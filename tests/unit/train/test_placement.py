@@ -3,7 +3,6 @@
 import pytest
 
 from megatron_keye.contract.media import PatchGrid, SampleShape, Segment
-from megatron_keye.plan.types import StepPlan
 from megatron_keye.train.placement import Planner
 
 SHAPES = [SampleShape(40 + 6 * n, (Segment(PatchGrid(1, 4, 6), 3),)) for n in range(6)]
@@ -11,7 +10,7 @@ SHAPES = [SampleShape(40 + 6 * n, (Segment(PatchGrid(1, 4, 6), 3),)) for n in ra
 
 def loads(tiny, placement):
     planner = Planner(tiny.config("parallel.tp=2", "parallel.pp=2", f"encode.placement={placement}"), num_replicas=1)
-    return planner.loads(StepPlan(0, tuple(range(6)), planner.place(range(6), SHAPES)))
+    return planner.loads(planner.place(range(6), SHAPES))
 
 
 @pytest.mark.parametrize(("placement", "ranks"), [("all_ranks", 4), ("stage0", 2), ("stage0_replicated", 2)])

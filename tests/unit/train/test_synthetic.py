@@ -21,11 +21,8 @@ class Proof:
         self.layout = parse_layout(name)
         self.config = self.layout.apply(proof_config(load_config(recipe), "fp64"))
         self.grid = rank_grid(self.config, self.layout.num_replicas)
-        self.plans = [
-            synthetic_plan(shapes, step, self.config, self.layout.num_replicas)
-            for step, shapes in enumerate(proof_shapes(self.config.model.variant))
-        ]
-        self.replicas = [replica for plan in self.plans for replica in plan.replicas]
+        self.plans = [synthetic_plan(shapes, self.config, self.layout.num_replicas) for shapes in proof_shapes(self.config.model.variant)]
+        self.replicas = [replica for plan in self.plans for replica in plan]
         self.rows = [row for replica in self.replicas for row in replica.rows]
         self.documents = [document for row in self.rows for document in row.documents]
 
@@ -46,7 +43,7 @@ def items_of(document):
 def test_rows_hold_three_documents_or_more_of_odd_lengths(proof):
     assert all(document.shape.num_tokens % 2 for document in proof.documents)
     for replica_number in range(proof.grid.dp):
-        rows = [row for plan in proof.plans for row in plan.replicas[replica_number].rows]
+        rows = [row for plan in proof.plans for row in plan[replica_number].rows]
         assert max(len(row.documents) for row in rows) >= 3
     assert np.mean([len(row.documents) for row in proof.rows]) >= 3
 
