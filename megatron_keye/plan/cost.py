@@ -8,7 +8,7 @@ from megatron_keye.contract.media import MERGE, PATCH_VALUES, PatchGrid, SampleS
 
 
 class SampleCost(NamedTuple):
-    """FLOPs of one sample, apart for the decoder and for the ViT with projector: the two are balanced apart."""
+    """Cost of one sample, apart for the decoder and for the ViT with projector: the two are balanced apart."""
 
     decoder: int
     vision: int
@@ -19,7 +19,8 @@ class CostModel:
     """FLOPs of one step, forward and backward, per unit of work. A multiplication with addition counts as two.
 
     A pair is one query attending to one key: n(n + 1) / 2 of them in a causal document of n tokens, n * n in a segment
-    of n patches. Only ratios matter to the planner, so calibrated times (in ns, say) may stand in for FLOPs.
+    of n patches. Only ratios matter to the planner, so measured times (`timing.py`) may stand in for FLOPs, then with a cost of
+    each document and segment as well.
     """
 
     decoder_token: int
@@ -27,18 +28,21 @@ class CostModel:
     vision_patch: int
     vision_pair: int
     projector_token: int
+    decoder_document: int = 0
+    vision_segment: int = 0
 
     def decoder_cost(self, num_tokens: int) -> int:
-        """FLOPs of the decoder for one document of this length."""
-        return self.decoder_token * num_tokens + self.decoder_pair * (num_tokens * (num_tokens + 1) // 2)
+        """Cost in the decoder of one document of this length."""
+        return self.decoder_token * num_tokens + self.decoder_pair * (num_tokens * (num_tokens + 1) // 2) + self.decoder_document
 
     def vision_cost(self, grid: PatchGrid) -> int:
-        """FLOPs of the ViT and projector for one attention segment."""
+        """Cost in the ViT and projector of one attention segment."""
         patches = grid.num_patches
-        return patches * (self.vision_patch + self.vision_pair * patches) + self.projector_token * grid.num_tokens
+        linear = patches * self.vision_patch + grid.num_tokens * self.projector_token
+        return linear + patches * patches * self.vision_pair + self.vision_segment
 
     def sample_cost(self, shape: SampleShape, padded_tokens: int | None = None) -> SampleCost:
-        """FLOPs of one sample; `padded_tokens` is its length in a row where that is already known."""
+        """Cost of one sample; `padded_tokens` is its length in a row where that is already known."""
         num_tokens = shape.num_tokens if padded_tokens is None else padded_tokens
         return SampleCost(self.decoder_cost(num_tokens), sum(self.vision_cost(s.grid) for s in shape.segments))
 

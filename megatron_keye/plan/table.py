@@ -97,6 +97,7 @@ class SampleTable:
         runs = np.arange(len(owner)) + np.repeat(starts - np.cumsum(counts) + counts, counts)
         patches, segments = self.run_patches[runs].astype(np.int64), self.run_segments[runs].astype(np.int64)
         each = patches * (cost.vision_patch + cost.vision_pair * patches) + cost.projector_token * (patches // (MERGE * MERGE))
+        each += cost.vision_segment
         sums = np.zeros((2, len(samples)), np.int64)
         np.add.at(sums[0], owner, segments * patches)
         np.add.at(sums[1], owner, segments * each)
@@ -109,4 +110,4 @@ def segment_runs(shape: SampleShape) -> list[tuple[int, int]]:
 
 
 def _decoder_costs(tokens: np.ndarray, cost: CostModel) -> np.ndarray:
-    return cost.decoder_token * tokens + cost.decoder_pair * (tokens * (tokens + 1) // 2)
+    return cost.decoder_token * tokens + cost.decoder_pair * (tokens * (tokens + 1) // 2) + cost.decoder_document

@@ -57,9 +57,14 @@ def test_the_stored_form_is_pinned():
 
 def test_an_open_window_is_stored_in_a_few_hundred_bytes():
     state = replace(STATE, cursor=replace(STATE.cursor, stretches=STRETCHES))
-    assert json.loads(state.to_json())["stretches"] == [[3, 64, 8, 512, 200, [1, 2, 3, 4, 5]], [1, 32, 1, 1, 200, None]]
+    assert json.loads(state.to_json())["stretches"] == [[3, 64, 8, 512, 200, [1, 2, 3, 4, 5, 0, 0]], [1, 32, 1, 1, 200, None]]
     assert len(state.to_json()) < 500
     assert state.cursor.progress.base == 768 - 3 * 64 - 32
+
+
+def test_costs_from_before_documents_and_segments_had_their_own_are_read():
+    stored = json.loads(STATE.to_json()) | {"stretches": [[3, 64, 8, 512, 200, [1, 2, 3, 4, 5]]]}
+    assert ResumeState.from_json(json.dumps(stored)).cursor.stretches == STRETCHES[:1]
 
 
 @pytest.mark.parametrize(

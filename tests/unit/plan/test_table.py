@@ -14,7 +14,9 @@ from megatron_keye.plan.cost import CostModel
 from megatron_keye.plan.step import PlanSettings, place_members, replica_plan
 from megatron_keye.plan.table import SampleTable
 
-COST = CostModel(decoder_token=1000, decoder_pair=3, vision_patch=400, vision_pair=2, projector_token=50)
+COST = CostModel(
+    decoder_token=1000, decoder_pair=3, vision_patch=400, vision_pair=2, projector_token=50, decoder_document=70, vision_segment=90
+)
 SETTINGS = PlanSettings(1, 16, 512, 8, 256, 2, (0, 1), 1, COST)
 
 grids = st.builds(PatchGrid, st.integers(1, 2), st.sampled_from([2, 4]), st.sampled_from([2, 4]))
