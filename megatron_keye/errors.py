@@ -31,6 +31,10 @@ class DataError(KeyeError):
     exit_code = 65
 
 
+class UnreachableError(KeyeError):
+    """Where data lie did not answer, in spite of retries. Nothing says that the data are bad: another attempt may succeed."""
+
+
 class CheckpointError(KeyeError):
     """A checkpoint is missing, damaged, or of another model."""
 

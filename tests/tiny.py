@@ -45,8 +45,9 @@ class TinySet:
         """A run of 6 steps of 4 samples on the tiny model, in float32, unless overridden."""
         data = tuple(f"data.{part}={self.folder / part}" for part in ("train", "valid", "tokenizer"))
         steps = ("data.global_batch_samples=4", "data.pad_multiple_tokens=16", "data.seq_length_tokens=512", "train.steps=6")
+        threads = ("data.loader.workers=0",)  # processes would take longer to start than these runs take
         often = ("train.save_every_steps=2", "train.valid_every_steps=0", "train.valid_steps=1", "optimizer.warmup_steps=2")
-        return load_config("debug", (*MODEL, *data, *steps, *often, *overrides))
+        return load_config("debug", (*MODEL, *data, *steps, *threads, *often, *overrides))
 
     def dataset(self, config: RunConfig) -> Dataset:
         return Dataset.open(config.data.train, load_tokenizer(self.folder / "tokenizer", "keye_vl_1_5"), "keye_vl_1_5", config.data)

@@ -162,6 +162,18 @@ class MediaConfig(Section):
     """Longest pause while an answer arrives."""
 
 
+class LoaderConfig(Section):
+    """Processes that read and decode samples for a replica. None of it changes what a run computes."""
+
+    workers: NonNegative = 2
+    """Decode processes of each replica's leader. 0 decodes in `data.decode_threads` threads of the leader, where a file that crashes
+    or bloats the decoder takes the run along."""
+    worker_memory_bytes: Positive = 4 << 30
+    """Address space that a worker may take beyond what it starts with."""
+    worker_deadline_s: PositiveFloat = 120.0
+    """Longest time for one sample; a worker that takes longer is replaced, and the sample tried once more."""
+
+
 class LookaheadConfig(Section):
     """Several global batches planned together, so that giant samples meet in few steps. Decides which samples a step holds; the
     layout never does."""
@@ -197,6 +209,8 @@ class DataConfig(Section):
     prefetch_bytes: Positive = 4 << 30
     """Budget for pixels decoded ahead, per replica."""
     decode_threads: Positive = 2
+    """Threads that decode in the leader itself, where data.loader.workers is 0, and in evaluation and scoring."""
+    loader: LoaderConfig = LoaderConfig()
     media: MediaConfig = MediaConfig()
     bad_sample: Literal["stop", "skip"] = "stop"
     """What a sample that cannot be decoded does: stop the run, or count as an empty slot in the ledger."""

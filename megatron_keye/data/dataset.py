@@ -16,7 +16,7 @@ from megatron_keye.data.fit import Fitted, Rejected, fit, row_limit_tokens
 from megatron_keye.data.index import Index, Made, made_with, open_index
 from megatron_keye.data.items import MediaRules, media_rules, sample_frames
 from megatron_keye.data.record import Record, parse_record
-from megatron_keye.data.shards import parse_json, read_span
+from megatron_keye.data.shards import parse_json
 from megatron_keye.data.stored import StoredMedium
 from megatron_keye.data.tokenize import ItemLayout, TokenizedSample, tokenize
 from megatron_keye.data.tokenizer import KeyeTokenizer
@@ -106,7 +106,7 @@ class Dataset:
     def record(self, sample: int) -> Record:
         """The record as it is stored. Raises DataError for a shard that cannot be read or was changed."""
         number, place = self._number(sample), self._place(sample)
-        text = read_span(self._index.shard(number), self._index.record_span(number))
+        text = self._index.store.read(self._index.shard(number), self._index.record_span(number))
         if zlib.crc32(text) != self._index.record_crc32(number):
             raise DataError(f"{place}: the record is not the one that was indexed; restore the shard, or run index_shards.py again")
         return parse_record(parse_json(text, place), place)
@@ -134,11 +134,15 @@ class Dataset:
         if not facts.items:
             return []
         rows = zip(self.record(sample).media, facts.items, self._fit(sample).items, self._index.media_spans(number), strict=True)
-        shard, place, variant = self._index.shard(number), self._place(sample), self._rules.variant
+        store, shard, place, variant = self._index.store, self._index.shard(number), self._place(sample), self._rules.variant
         return [
-            StoredMedium(shard, span, media, item, resolved, variant, f"{place}, medium {position}")
+            StoredMedium(store, shard, span, media, item, resolved, variant, f"{place}, medium {position}")
             for position, (media, item, resolved, span) in enumerate(rows)
         ]
+
+    def bytes_read(self) -> int:
+        """Bytes of shards that were read so far."""
+        return self._index.store.bytes_read()
 
     def _number(self, sample: int) -> int:
         """Place of a usable sample in the index."""
@@ -153,7 +157,7 @@ class Dataset:
     def _place(self, sample: int) -> str:
         number = self._number(sample)
         key, record_id = self._index.key_and_id(number)
-        return f"{self._index.shard(number)}:{key}, record {record_id}"
+        return f"{self._index.store.address(self._index.shard(number))}:{key}, record {record_id}"
 
 
 class Shapes(Sequence[SampleShape]):

@@ -16,6 +16,7 @@ from megatron_keye.data.fit import SampleFacts
 from megatron_keye.data.items import Frames, Item, MediaRules
 from megatron_keye.data.media.video import DECODER_ID
 from megatron_keye.data.shards import Span
+from megatron_keye.data.storage import LocalStore, Store
 from megatron_keye.data.template import TEMPLATE_VERSION
 from megatron_keye.errors import DataError
 from megatron_keye.plan.table import SampleTable
@@ -106,10 +107,12 @@ def made_with(tokenizer_fingerprint: str, rules: MediaRules) -> Made:
 class Index:
     """A read-only view of an index. Its arrays are memory-mapped; all methods may be called from several threads."""
 
-    def __init__(self, folder: Path, meta: dict[str, Any], tables: Mapping[str, np.ndarray]):
+    def __init__(self, store: Store, meta: dict[str, Any], tables: Mapping[str, np.ndarray]):
+        self.store = store
+        """Holds the shards."""
         self._meta = meta
         self._tables = tables
-        self._shards = [folder / shard["name"] for shard in meta["shards"]]
+        self._shards = [shard["name"] for shard in meta["shards"]]
         self.fingerprint = hashlib.sha256(json.dumps(meta, sort_keys=True).encode()).hexdigest()
         """Over everything in the index: the JSON file holds checksums of the tables."""
         self.made = Made(**meta["made"])
@@ -117,7 +120,8 @@ class Index:
     def __len__(self) -> int:
         return len(self._tables["samples"])
 
-    def shard(self, sample: int) -> Path:
+    def shard(self, sample: int) -> str:
+        """Name of the shard that holds the sample."""
         return self._shards[self._tables["samples"]["shard"][sample]]
 
     def record_span(self, sample: int) -> Span:
@@ -208,7 +212,7 @@ def open_index(folder: Path) -> Index:
         if meta["format"] != FORMAT_VERSION:
             raise DataError(f"{path} has format {meta['format']}, expected {FORMAT_VERSION}; {remedy} again")
         tables = {name: _open_table(path, name, meta["rows"][name]) for name in TABLES}
-        index = Index(folder, meta, tables)
+        index = Index(LocalStore(folder), meta, tables)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise DataError(f"the index at {path} is damaged ({type(error).__name__}: {error}); {remedy} again") from error
     for shard in meta["shards"]:

@@ -7,6 +7,9 @@ import signal
 import sys
 from pathlib import Path
 
+WORKER_ENVIRONMENT = {"OMP_NUM_THREADS": "1", "MALLOC_ARENA_MAX": "2"}
+"""One worker per core is given, and arenas of threads would count as memory in use."""
+
 _PR_SET_PDEATHSIG = 1
 
 

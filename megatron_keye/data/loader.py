@@ -1,7 +1,7 @@
 """Loading one replica's part of a step. Only the replica's leader has a loader; other ranks neither open nor decode anything.
 
-1. `load` reads and decodes every document of the replica's plan in a pool of threads.
-2. Token ids and supervision are packed into rows, in the places that the plan gives.
+1. `load` reads and decodes every document of the replica's plan through its source: worker processes, servers, or threads.
+2. Token ids and supervision are packed into rows, in the places that the plan gives, whatever came first.
 3. Pixels are grouped by the rank and round that will encode them.
 """
 
@@ -13,8 +13,7 @@ import numpy as np
 
 from megatron_keye.contract.media import PATCH_VALUES, SampleShape
 from megatron_keye.contract.rows import RowTokens
-from megatron_keye.data.dataset import Dataset
-from megatron_keye.data.tokenize import TokenizedSample
+from megatron_keye.data.sources import LoadCounts, LoadedSample, Source
 from megatron_keye.errors import DataError
 from megatron_keye.plan.types import EncodeTask, ReplicaPlan, Row
 
@@ -30,24 +29,39 @@ class SkippedSample:
 
 @dataclass(frozen=True)
 class ReplicaData:
-    """`rows[microbatch]`, and `patches[(encoder, round)]`: uint8 [num_patches, 588] of each of that round's segments."""
+    """`rows[microbatch]`, and `patches[(encoder, round)]`: uint8 [num_patches, 588] of each of that round's segments.
+
+    `bytes_read` are those of shards that it took."""
 
     rows: list[RowTokens]
     patches: dict[tuple[int, int], list[np.ndarray]]
     skipped: list[SkippedSample]
+    bytes_read: int
+
+    @property
+    def num_bytes(self) -> int:
+        """Memory that it holds."""
+        rows = sum(row.token_ids.nbytes + row.supervised.nbytes for row in self.rows)
+        return rows + sum(p.nbytes for patches in self.patches.values() for p in patches)
 
 
 class ReplicaLoader:
-    """Reads documents of `dataset` with `threads` threads. `skip_bad` turns a DataError into an empty slot."""
+    """Reads documents from `source`. `skip_bad` turns a DataError into an empty slot."""
 
-    def __init__(self, dataset: Dataset, *, pad_id: int, threads: int, skip_bad: bool):
-        self._dataset = dataset
+    def __init__(self, source: Source, *, pad_id: int, skip_bad: bool):
+        self._source = source
         self._pad_id = pad_id
-        self._pool = ThreadPoolExecutor(threads, thread_name_prefix="decode")
+        self._pool = ThreadPoolExecutor(source.threads, thread_name_prefix="decode")
         self._skip_bad = skip_bad
+
+    @property
+    def counts(self) -> LoadCounts:
+        """What was read so far."""
+        return self._source.counts()
 
     def load(self, plan: ReplicaPlan) -> ReplicaData:
         """Everything the replica needs for one step. Raises DataError for a sample that cannot be read, unless it is skipped."""
+        before_bytes = self.counts.bytes_read
         shapes = {document.sample: document.shape for row in plan.rows for document in row.documents}
         results = self._pool.map(self._read, shapes.keys(), shapes.values())
         loaded = dict(zip(shapes, results, strict=True))
@@ -56,18 +70,21 @@ class ReplicaLoader:
         for task in plan.tasks:
             patches.setdefault((task.encoder, task.round), []).append(self._patches_of(task, plan, loaded))
         skipped = [result for result in loaded.values() if isinstance(result, SkippedSample)]
-        return ReplicaData(rows, patches, skipped)
+        return ReplicaData(rows, patches, skipped, self.counts.bytes_read - before_bytes)
 
     def close(self) -> None:
-        self._pool.shutdown(wait=True, cancel_futures=True)
+        """End what is being read, and the threads. The source may not be used again."""
+        self._pool.shutdown(wait=False, cancel_futures=True)
+        self._source.close()
+        self._pool.shutdown(wait=True)
 
-    def _read(self, sample: int, shape: SampleShape) -> tuple[TokenizedSample, list[np.ndarray]] | SkippedSample:
+    def _read(self, sample: int, shape: SampleShape) -> LoadedSample | SkippedSample:
         try:
-            return self._dataset.tokens(sample), self._dataset.pixels(sample)
+            return self._source.read(sample, shape)
         except DataError as error:
             if not self._skip_bad:
                 raise
-            return SkippedSample(sample, self._dataset.sample_id(sample), str(error))
+            return SkippedSample(sample, self._source.sample_id(sample), str(error))
 
     def _row(self, row: Row, loaded: dict) -> RowTokens:
         token_ids = np.full(row.num_tokens, self._pad_id, dtype=np.int64)
@@ -76,7 +93,7 @@ class ReplicaLoader:
             result = loaded[document.sample]
             if not isinstance(result, SkippedSample):
                 own = slice(document.start, document.start + document.shape.num_tokens)
-                token_ids[own], supervised[own] = result[0].token_ids, result[0].supervised
+                token_ids[own], supervised[own] = result.tokens.token_ids, result.tokens.supervised
         return RowTokens(token_ids, supervised)
 
     def _patches_of(self, task: EncodeTask, plan: ReplicaPlan, loaded: dict) -> np.ndarray:
@@ -84,7 +101,7 @@ class ReplicaLoader:
         result = loaded[document.sample]
         if isinstance(result, SkippedSample):
             return np.zeros((document.shape.segments[task.segment].grid.num_patches, PATCH_VALUES), dtype=np.uint8)
-        return result[1][task.segment]
+        return result.patches[task.segment]
 
 
 def replica_pixel_bytes(plan: ReplicaPlan) -> int:

@@ -104,9 +104,9 @@ class Counts:
     last_failure: str = ""
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
-    def add(self, name: str) -> None:
+    def add(self, name: str, number: int = 1) -> None:
         with self._lock:
-            self.values[name] += 1
+            self.values[name] += number
 
     def failure(self, message: str) -> None:
         with self._lock:

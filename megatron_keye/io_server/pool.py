@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_keye.data import messages
+from megatron_keye.data.limits import WORKER_ENVIRONMENT
 from megatron_keye.data.slabs import Slab
 from megatron_keye.errors import KeyeError
 from megatron_keye.io_server.protocol import Refused
@@ -60,7 +61,7 @@ class Worker:
         ours.setblocking(False)
         limits = settings.limits
         arguments = (str(theirs.fileno()), str(limits.memory_bytes), str(limits.decode_s), *map(str, settings.roots))
-        environment = os.environ | {"OMP_NUM_THREADS": "1", "MALLOC_ARENA_MAX": "2"}
+        environment = os.environ | WORKER_ENVIRONMENT
         with theirs:
             process = await asyncio.create_subprocess_exec(
                 *settings.command, *arguments, pass_fds=(theirs.fileno(),), env=environment, stdin=asyncio.subprocess.DEVNULL

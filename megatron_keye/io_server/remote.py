@@ -1,5 +1,6 @@
-"""Samples whose pixels come from servers, and from the local decoder where no server has them: the same bytes either way."""
+"""Samples whose pixels come from servers, and from the local source where no server has them: the same bytes either way."""
 
+import os
 import re
 import threading
 from pathlib import Path
@@ -7,10 +8,10 @@ from pathlib import Path
 import numpy as np
 
 from megatron_keye.config.schema import DataConfig, MediaConfig
-from megatron_keye.contract.media import PATCH_VALUES
+from megatron_keye.contract.media import PATCH_VALUES, SampleShape
 from megatron_keye.data.dataset import Dataset
+from megatron_keye.data.sources import LoadCounts, LoadedSample, Source
 from megatron_keye.data.stored import StoredMedium
-from megatron_keye.data.tokenize import TokenizedSample
 from megatron_keye.errors import DataError, SettingsError
 from megatron_keye.io_server.attempts import Timeouts
 from megatron_keye.io_server.auth import load_secret
@@ -22,10 +23,8 @@ from megatron_keye.io_server.protocol import DecodeJob, decoder_id
 class RemoteMedia:
     """The connection of one replica's leader to its servers, for all of its data sets."""
 
-    def __init__(self, client: MediaClient, own_decoder_id: str, decode_threads: int):
+    def __init__(self, client: MediaClient, own_decoder_id: str):
         self.client, self.decoder_id = client, own_decoder_id
-        # Threads that wait for servers cost nothing; those that decode here after all are kept to the setting.
-        self.decoding = threading.Semaphore(decode_threads)
 
     @property
     def threads(self) -> int:
@@ -42,34 +41,45 @@ class RemoteMedia:
         self.client.close()
 
 
-class RemotePixels:
-    """`dataset` with its pixels from servers: what a loader reads."""
+class RemoteSource:
+    """Samples of `dataset` with their pixels from servers, and whole from `local` where no server has one of them."""
 
-    def __init__(self, dataset: Dataset, media: RemoteMedia):
-        self._dataset, self._media = dataset, media
+    def __init__(self, dataset: Dataset, media: RemoteMedia, local: Source):
+        self._dataset, self._media, self._local = dataset, media, local
+        self.sample_id = dataset.sample_id
+        self.threads = media.threads
+        self._lock = threading.Lock()
+        self._num_samples = 0
 
-    def sample_id(self, sample: int) -> str:
-        return self._dataset.sample_id(sample)
+    def read(self, sample: int, shape: SampleShape) -> LoadedSample:
+        """As `local.read`, DataError included: a server's word that a medium is damaged is confirmed here."""
+        media = self._dataset.stored_media(sample)
+        patches: list[np.ndarray] = []
+        for medium in media:
+            segments = self._fetch(medium)
+            if segments is None:
+                self._media.client.counts.add("local", len(media))
+                return self._local.read(sample, shape)
+            patches += segments
+        with self._lock:
+            self._num_samples += 1
+        return LoadedSample(self._dataset.tokens(sample), patches)
 
-    def tokens(self, sample: int) -> TokenizedSample:
-        return self._dataset.tokens(sample)
+    def counts(self) -> LoadCounts:
+        """Of both ways; bytes that servers read are theirs."""
+        here = self._local.counts()
+        return LoadCounts(self._num_samples + here.samples, here.bytes_read, here.worker_failures)
 
-    def pixels(self, sample: int) -> list[np.ndarray]:
-        """As `Dataset.pixels`, DataError included: a server's word that a medium is damaged is confirmed here."""
-        return [patches for medium in self._dataset.stored_media(sample) for patches in self._patches(medium)]
+    def close(self) -> None:
+        self._local.close()
 
-    def _patches(self, medium: StoredMedium) -> list[np.ndarray]:
-        media = self._media
-        job = job_of(medium, media.decoder_id)
+    def _fetch(self, medium: StoredMedium) -> list[np.ndarray] | None:
+        job = job_of(medium, self._media.decoder_id)
         try:
-            answer = media.client.fetch(job)
+            answer = self._media.client.fetch(job)
         except Poisonous as error:
             raise DataError(f"{medium.where}: {error}; it is not decoded here either: drop it, or repair it and index again") from error
-        if answer is None:
-            media.client.counts.add("local")
-            with media.decoding:
-                return medium.patches()
-        return np.split(answer.reshape(-1, PATCH_VALUES), np.cumsum(job.segments)[:-1])
+        return None if answer is None else np.split(answer.reshape(-1, PATCH_VALUES), np.cumsum(job.segments)[:-1])
 
 
 def job_of(medium: StoredMedium, own_decoder_id: str) -> DecodeJob:
@@ -77,7 +87,7 @@ def job_of(medium: StoredMedium, own_decoder_id: str) -> DecodeJob:
     item, frames = medium.item, medium.item.frames
     is_slow_fast = frames is not None and medium.variant == "keye_vl_1_5"
     return DecodeJob(
-        path=str(medium.shard.resolve()),
+        path=os.path.realpath(medium.store.address(medium.shard)),
         offset=medium.span.offset,
         num_bytes=medium.span.num_bytes,
         sha256=medium.media.sha256,
@@ -101,7 +111,7 @@ def connect(data: DataConfig) -> RemoteMedia | None:
         raise SettingsError(f"data.media.servers has {', '.join(strange)}: expected http://HOST:PORT")
     own_decoder_id = decoder_id()
     fleet = Fleet(settings.servers, None if settings.registry is None else Path(settings.registry), own_decoder_id)
-    return RemoteMedia(MediaClient(fleet, _client_settings(settings)), own_decoder_id, data.decode_threads)
+    return RemoteMedia(MediaClient(fleet, _client_settings(settings)), own_decoder_id)
 
 
 def _client_settings(settings: MediaConfig) -> ClientSettings:

@@ -11,6 +11,7 @@ import torch
 from megatron_keye.contract.media import SampleShape
 from megatron_keye.contract.rows import next_tokens
 from megatron_keye.data.loader import ReplicaLoader, patch_counts, stack_patches
+from megatron_keye.data.sources import ThreadSource
 from megatron_keye.data.tokenize import TokenizedSample
 from megatron_keye.model.encode import EncodePhases
 from megatron_keye.objective.cross_entropy import token_nll
@@ -74,7 +75,8 @@ class Scorer:
     def scores(self, samples: Samples) -> Iterator[tuple[int, SampleScore]]:
         """(sample, score) of every sample, in order. Raises DataError for a sample that cannot be read."""
         numbers = iter(range(len(samples)))
-        loader = ReplicaLoader(samples, pad_id=self._pad_id, threads=self._model.config.data.decode_threads, skip_bad=False)
+        source = ThreadSource(samples, self._model.config.data.decode_threads)
+        loader = ReplicaLoader(source, pad_id=self._pad_id, skip_bad=False)
         try:
             while members := tuple(islice(numbers, SAMPLES_AT_ONCE)):
                 found = self._score(members, samples, loader)

@@ -15,16 +15,15 @@ from megatron_keye.checkpoint.manifest import RunRecord
 from megatron_keye.config.load import dump_config
 from megatron_keye.config.schema import RunConfig
 from megatron_keye.data.dataset import Dataset
-from megatron_keye.data.loader import ReplicaLoader
 from megatron_keye.data.tokenizer import KeyeTokenizer, load_tokenizer
 from megatron_keye.errors import DataError, NumericError, SettingsError
-from megatron_keye.io_server.remote import RemotePixels, connect
 from megatron_keye.plan.cursor import Cursor, ResumeState, RunIdentity, check_resumable
 from megatron_keye.train import checkpointing
 from megatron_keye.train.build import build_model, build_optimizer
 from megatron_keye.train.consensus import failing_together, said_once
 from megatron_keye.train.control import Control
 from megatron_keye.train.feed import FedStep, Feed
+from megatron_keye.train.loading import Loading
 from megatron_keye.train.placement import Planner
 from megatron_keye.train.recorder import Recorder, StepRecord
 from megatron_keye.train.run_dir import RunDir, write_atomically
@@ -88,7 +87,7 @@ class Training:
         self.control = Control(run_dir, runtime.groups, runtime.device)
         with failing_together(runtime.groups.world, runtime.device):
             self.inputs = open_inputs(config)
-            self._media = connect(config.data) if runtime.groups.is_leader else None
+            self._loading = self._start_loading() if runtime.groups.is_leader else None
         with said_once(runtime.groups.world, runtime.device):
             self.model = build_model(config, runtime.groups, runtime.device)
         self.step = TrainStep(self.model, build_optimizer(self.model))
@@ -107,9 +106,10 @@ class Training:
             if not stopped:
                 self._finish(cursor)
         finally:
-            if self._media is not None:
-                self.recorder.say(self._media.summary())
-                self._media.close()
+            if self._loading is not None:
+                for line in self._loading.summary():
+                    self.recorder.say(line)
+                self._loading.close()
             self.recorder.close()
 
     def _steps(self, cursor: Cursor) -> tuple[Cursor, bool]:
@@ -151,16 +151,13 @@ class Training:
         self.recorder.record(StepRecord(fed, result, lr, took_s, len(self.inputs.train)))
         return fed, result
 
+    def _start_loading(self) -> Loading:
+        data, inputs = self.config.data, self.inputs
+        sets = [(data.train, inputs.train)] + ([] if inputs.valid is None else [(data.valid, inputs.valid)])
+        return Loading(self.config, sets, inputs.tokenizer.specials.endoftext)
+
     def _feed(self, dataset: Dataset, cursor: Cursor) -> Feed:
-        data = self.config.data
-        loader = None
-        if self.runtime.groups.is_leader:
-            skip_bad = data.bad_sample == "skip"
-            pad_id = self.inputs.tokenizer.specials.endoftext
-            samples, threads = dataset, data.decode_threads
-            if self._media is not None:
-                samples, threads = RemotePixels(dataset, self._media), self._media.threads
-            loader = ReplicaLoader(samples, pad_id=pad_id, threads=threads, skip_bad=skip_bad)
+        loader = None if self._loading is None else self._loading.loader(dataset)
         return Feed(self.config, self.runtime.groups, dataset, loader, self.planner, cursor, self.runtime.device)
 
     def _validate(self, cursor: Cursor) -> None:

@@ -9,6 +9,7 @@ import torch.distributed as dist
 
 from megatron_keye.data import dataset as dataset_module
 from megatron_keye.data.loader import ReplicaLoader
+from megatron_keye.data.sources import ThreadSource
 from megatron_keye.errors import DataError
 from megatron_keye.plan.context_split import local_tokens
 from megatron_keye.plan.cursor import Cursor
@@ -35,9 +36,13 @@ def forbid_decoding(*args):
     raise AssertionError("decoded a medium")
 
 
+def make_loader(dataset, threads):
+    return ReplicaLoader(ThreadSource(dataset, threads, dataset.bytes_read), pad_id=PAD, skip_bad=False)
+
+
 def make_feed(config, tiny, runtime, dataset=None):
     dataset = dataset or tiny.dataset(config)
-    loader = ReplicaLoader(dataset, pad_id=PAD, threads=2, skip_bad=False) if runtime.groups.is_leader else None
+    loader = make_loader(dataset, threads=2) if runtime.groups.is_leader else None
     planner = Planner(config, runtime.groups.grid.dp)
     return Feed(config, runtime.groups, dataset, loader, planner, Cursor(), runtime.device)
 
@@ -273,7 +278,7 @@ def test_the_count_of_supervised_tokens_leaves_out_first_tokens(tiny):
     config = tiny.config("data.global_batch_samples=24")
     dataset = tiny.dataset(config)
     plan, _ = Planner(config, 1).over(dataset.plan_data)(Cursor())
-    loader = ReplicaLoader(dataset, pad_id=PAD, threads=1, skip_bad=False)
+    loader = make_loader(dataset, threads=1)
     data = loader.load(plan.replicas[0])
     loader.close()
     assert count_supervised(plan.replicas[0], data) == sum(int(dataset.tokens(sample).supervised[1:].sum()) for sample in plan.members)

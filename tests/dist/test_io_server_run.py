@@ -39,7 +39,7 @@ def signal_at(signals, counts_folder):
         if phase == "step" and finished in signals and training.runtime.groups.rank == 0:
             os.kill(*signals[finished])
         if phase == "save" and finished == 6:
-            values = training._media.client.counts.values
+            values = training._loading.media.client.counts.values
             (counts_folder / f"counts{training.runtime.groups.rank}.json").write_text(json.dumps(values))
 
     return hook

@@ -7,6 +7,7 @@ import pytest
 
 from megatron_keye.contract.media import PATCH_VALUES, PatchGrid, SampleShape, Segment
 from megatron_keye.data.loader import ReplicaLoader, patch_counts, replica_pixel_bytes, stack_patches
+from megatron_keye.data.sources import ThreadSource
 from megatron_keye.data.tokenize import TokenizedSample
 from megatron_keye.errors import DataError
 from megatron_keye.plan.types import Document, EncodeTask, ReplicaPlan, Row
@@ -53,7 +54,7 @@ class Samples:
 
 
 def load(samples, skip_bad=False):
-    loader = ReplicaLoader(samples, pad_id=PAD, threads=2, skip_bad=skip_bad)
+    loader = ReplicaLoader(ThreadSource(samples, threads=2), pad_id=PAD, skip_bad=skip_bad)
     try:
         return loader.load(PLAN)
     finally:
@@ -111,7 +112,7 @@ def test_other_errors_are_never_skipped():
 
 def test_a_sample_that_occurs_twice_is_in_both_places():
     twice = ReplicaPlan((Row((Document(4, SHAPES[4], 0, 4), Document(4, SHAPES[4], 4, 4)), 8),), (), 0)
-    loader = ReplicaLoader(Samples(), pad_id=PAD, threads=2, skip_bad=False)
+    loader = ReplicaLoader(ThreadSource(Samples(), threads=2), pad_id=PAD, skip_bad=False)
     assert loader.load(twice).rows[0].token_ids.tolist() == [40, 41, 42, 9, 40, 41, 42, 9]
     loader.close()
 

@@ -10,10 +10,10 @@ from megatron_keye.config.schema import DataConfig, MediaConfig
 from megatron_keye.data.dataset import Dataset
 from megatron_keye.data.items import iter_patches
 from megatron_keye.data.media.video import DECODER_ID
-from megatron_keye.data.shards import read_span
+from megatron_keye.data.sources import ThreadSource
 from megatron_keye.data.stored import StoredMedium
 from megatron_keye.errors import DataError, SettingsError
-from megatron_keye.io_server.remote import RemotePixels, connect, job_of
+from megatron_keye.io_server.remote import RemoteSource, connect, job_of
 from tests.unit.io_server.serving import error_of, post
 
 VARIANTS = ("keye_vl_1_5", "keye_vl_preview")
@@ -29,21 +29,27 @@ def open_set(folder, tokenizer, variant, **media):
     return Dataset.open(folder, tokenizer, variant, config), connect(config)
 
 
+def remote_source(dataset, media):
+    return RemoteSource(dataset, media, ThreadSource(dataset, threads=2))
+
+
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_remote_pixels_are_the_local_ones(indexed, tokenizer, real, variant):
     dataset, media = open_set(indexed[variant], tokenizer, variant, servers=(real.url,))
-    remote = RemotePixels(dataset, media)
+    remote = remote_source(dataset, media)
     kinds = set()
     for sample in range(len(dataset)):
-        here, there = dataset.pixels(sample), remote.pixels(sample)
+        loaded = remote.read(sample, dataset.shape(sample))
+        here, there = dataset.pixels(sample), loaded.patches
         assert [patches.shape for patches in there] == [patches.shape for patches in here]
         assert all(patches.dtype == np.uint8 for patches in there)
         assert all(np.array_equal(a, b) for a, b in zip(here, there, strict=True))
         kinds |= {layout.kind for layout in dataset.layouts(sample)}
         assert remote.sample_id(sample) == dataset.sample_id(sample)
-        assert np.array_equal(remote.tokens(sample).token_ids, dataset.tokens(sample).token_ids)
+        assert np.array_equal(loaded.tokens.token_ids, dataset.tokens(sample).token_ids)
     assert kinds == {"image", "video"}
     assert media.client.counts.values.keys() == {"remote"}
+    assert remote.counts().samples == len(dataset)
     assert "remote" in media.summary()
 
 
@@ -62,9 +68,10 @@ def test_without_servers_in_the_settings_there_is_no_client(tmp_path):
 
 def test_all_servers_gone_means_local_pixels(indexed, tokenizer):
     dataset, media = open_set(indexed[VARIANTS[0]], tokenizer, VARIANTS[0], servers=("http://127.0.0.1:9",))
-    remote = RemotePixels(dataset, media)
+    remote = remote_source(dataset, media)
     sample = next(s for s in range(len(dataset)) if dataset.layouts(s))
-    assert all(np.array_equal(a, b) for a, b in zip(dataset.pixels(sample), remote.pixels(sample), strict=True))
+    there = remote.read(sample, dataset.shape(sample)).patches
+    assert all(np.array_equal(a, b) for a, b in zip(dataset.pixels(sample), there, strict=True))
     assert media.client.counts.values["local"] == len(dataset.layouts(sample))
     assert "Connection refused" in media.summary()
 
@@ -86,7 +93,7 @@ def test_a_damaged_medium_gives_the_same_error_as_here(indexed, tokenizer, real,
     dataset, media = open_set(folder, tokenizer, variant, servers=(real.url,))
     sample = next(s for s in range(len(dataset)) if dataset.layouts(s))
     medium = dataset.stored_media(sample)[0]
-    with medium.shard.open("r+b") as file:
+    with open(medium.store.address(medium.shard), "r+b") as file:
         file.seek(medium.span.offset + medium.span.num_bytes // 2)
         byte = file.read(1)
         file.seek(-1, 1)
@@ -94,7 +101,7 @@ def test_a_damaged_medium_gives_the_same_error_as_here(indexed, tokenizer, real,
     with pytest.raises(DataError) as here:
         dataset.pixels(sample)
     with pytest.raises(DataError) as there:
-        RemotePixels(dataset, media).pixels(sample)
+        remote_source(dataset, media).read(sample, dataset.shape(sample))
     assert str(there.value) == str(here.value)
     assert media.client.counts.values["confirmed_here"] == 1
 
@@ -153,7 +160,7 @@ def test_hundreds_of_damaged_files_end_there_as_they_end_here(indexed, tokenizer
     refused = 0
     for seed in range(300):
         medium = kinds[seed % 2 + (seed % 4 == 3)]
-        blob = damaged(read_span(medium.shard, medium.span), seed)
+        blob = damaged(medium.store.read(medium.shard, medium.span), seed)
         path.write_bytes(blob)
         changes = dict(path=str(path), offset=0, num_bytes=len(blob), sha256=None)
         answer = post(real.url, job_of(medium, real.front._decoder_id).model_copy(update=changes))
