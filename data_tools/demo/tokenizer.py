@@ -8,6 +8,8 @@ from pathlib import Path
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
+from megatron_keye.data.chat_template import CHAT_TEMPLATE
+
 from .tasks import examples
 
 VOCAB_SIZE = 1024
@@ -53,23 +55,6 @@ turn under until upon use very voice walk want was watch water way week well wen
 wind with without woman wood word work world would write year yet young
 """
 """Frequent English words, so that texts of other origin do not fall apart into bytes."""
-
-CHAT_TEMPLATE = """\
-{%- if messages[0].role != 'system' %}{{ '<|im_start|>system\\nYou are a helpful assistant.<|im_end|>\\n' }}{% endif %}
-{%- for message in messages %}
-    {{- '<|im_start|>' + message.role + '\\n' }}
-    {%- if message.content is string %}
-        {{- message.content }}
-    {%- else %}
-        {%- for part in message.content %}
-            {%- if part.type == 'image' %}{{ '<|vision_start|><|image_pad|><|vision_end|>' }}
-            {%- elif part.type == 'video' %}{{ '<|vision_start|><|video_pad|><|vision_end|>' }}
-            {%- else %}{{ part.text }}{% endif %}
-        {%- endfor %}
-    {%- endif %}
-    {{- '<|im_end|>\\n' }}
-{%- endfor %}
-{%- if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"""
 
 
 def write_tokenizer(folder: Path) -> None:

@@ -52,18 +52,24 @@ TOKEN_FIELDS = {
     "image_token_id": "<|image_pad|>",
     "video_token_id": "<|video_pad|>",
 }
+VISION = "vision_config."
 NORM = "mlp_AR.pre_norm.weight"
 CARRIED = "visual.vision_model.embeddings.packing_position_embedding.weight"
 
 
 def read_hf_config(folder: Path) -> ModelConfig:
-    """The model that a folder's config.json and weights describe.
+    """The model that a folder's config.json and weights describe. Raises CheckpointError as `model_of_hf_config` does."""
+    path = folder / CONFIG_FILE
+    raw = read_json_object(path)
+    return model_of_hf_config(raw, path, HfTensors(folder).shapes)
+
+
+def model_of_hf_config(raw: dict[str, Any], path: Path, shapes: Mapping[str, tuple[int, ...]]) -> ModelConfig:
+    """The model that a config.json, read from `path`, and the shapes of its weights describe.
 
     Raises CheckpointError for a missing or damaged file, settings that this model does not have, and weights of another
     variant than the one named.
     """
-    path = folder / CONFIG_FILE
-    raw = read_json_object(path)
     variant = _variant(raw, path)
     vision = raw.get("vision_config")
     if not isinstance(vision, dict):
@@ -77,12 +83,11 @@ def read_hf_config(folder: Path) -> ModelConfig:
     ]
     if problems:
         raise CheckpointError(f"{path} does not describe a Keye-VL model as released:\n" + "\n".join(f"  - {p}" for p in problems))
-    shapes = HfTensors(folder).shapes
     try:
         model = ModelConfig(variant=variant, vision=_vision(vision, shapes), decoder=_decoder(raw))
     except (ValidationError, TypeError, ZeroDivisionError) as error:
         raise CheckpointError(f"{path} has impossible settings; restore it from where it was copied: {error}") from error
-    _require_variant(folder, model, shapes)
+    _require_variant(path, model, shapes)
     return model
 
 
@@ -95,17 +100,15 @@ def read_max_positions(folder: Path) -> int:
 
 
 def make_hf_config(model: ModelConfig, vocab: Mapping[str, int], max_position_embeddings: int) -> dict[str, Any]:
-    """config.json of `model` as released folders have it; `vocab` gives the ids of special tokens.
+    """config.json of `model` as released folders have it; `vocab` gives the ids of special tokens, and may lack unused ones.
 
     What `read_hf_config` reads from it and the weights is `model` again, but for settings of training alone.
     """
-    architecture, model_type = CLASSES[model.variant]
-    decoder, vision = model.decoder, model.vision
+    decoder = model.decoder
+    values = _hf_values(model)
+    vision = {name.removeprefix(VISION): value for name, value in values.items() if name.startswith(VISION)}
     return {
-        "architectures": [architecture],
-        "model_type": model_type,
-        **{name: getattr(decoder, field) for field, name in DECODER_FIELDS.items()},
-        "head_dim": decoder.head_dim,
+        **{name: value for name, value in values.items() if not name.startswith(VISION)},
         "max_position_embeddings": max_position_embeddings,
         "rope_theta": decoder.rope_base,
         "rope_scaling": {"type": "mrope", "mrope_section": list(decoder.mrope_section)},
@@ -116,19 +119,48 @@ def make_hf_config(model: ModelConfig, vocab: Mapping[str, int], max_position_em
         "sliding_window": None,
         "torch_dtype": "bfloat16",
         "use_cache": True,
-        **{name: vocab[token] for name, token in TOKEN_FIELDS.items()},
+        **{name: vocab[token] for name, token in TOKEN_FIELDS.items() if token in vocab},
         "vision_config": {
             "model_type": "siglip_vision_model",
-            **{name: getattr(vision, field) for field, name in VISION_FIELDS.items()},
-            "image_size": _image_size(vision),
+            **vision,
             "num_channels": 3,
             "hidden_act": VISION_FIXED["hidden_act"],
-            "layer_norm_eps": vision.norm_eps,
-            "rope_theta": vision.rope_base,
             "spatial_merge_size": MERGE,
             "temporal_patch_size": 2,
             "tokens_per_second": 2,
         },
+    }
+
+
+def update_hf_config(raw: dict[str, Any], read: ModelConfig, model: ModelConfig) -> dict[str, Any]:
+    """The config.json `raw`, from which `read` was read, with what `model` has otherwise. Everything else stays as it is."""
+    decoder = model.decoder
+    old, new = _hf_values(read), _hf_values(model)
+    changes: dict[str, Any] = {name: new[name] for name in new if new[name] != old[name]}
+    vision_changes = {name.removeprefix(VISION): changes.pop(name) for name in list(changes) if name.startswith(VISION)}
+    if vision_changes:
+        changes["vision_config"] = raw["vision_config"] | vision_changes
+    if (decoder.rope_base, decoder.mrope_section) != (read.decoder.rope_base, read.decoder.mrope_section):
+        section = {"mrope_section": list(decoder.mrope_section)}
+        if "rope_parameters" in raw:
+            changes["rope_parameters"] = raw["rope_parameters"] | section | {"rope_theta": decoder.rope_base}
+        else:
+            changes |= {"rope_theta": decoder.rope_base, "rope_scaling": {"type": "mrope"} | (raw.get("rope_scaling") or {}) | section}
+    return raw | changes
+
+
+def _hf_values(model: ModelConfig) -> dict[str, Any]:
+    """Settings by their name in config.json, but for those of the decoder's rotary embedding."""
+    decoder, vision = model.decoder, model.vision
+    return {
+        "architectures": [CLASSES[model.variant][0]],
+        "model_type": CLASSES[model.variant][1],
+        **{name: getattr(decoder, field) for field, name in DECODER_FIELDS.items()},
+        "head_dim": decoder.head_dim,
+        **{f"{VISION}{name}": getattr(vision, field) for field, name in VISION_FIELDS.items()},
+        f"{VISION}image_size": _image_size(vision),
+        f"{VISION}layer_norm_eps": vision.norm_eps,
+        f"{VISION}rope_theta": vision.rope_base,
     }
 
 
@@ -144,7 +176,7 @@ def _variant(raw: dict[str, Any], path: Path) -> Variant:
 
 
 def _decoder(raw: dict[str, Any]) -> DecoderConfig:
-    rope = _rope(raw)
+    rope = rope_settings(raw)
     fields = {field: raw[name] for field, name in DECODER_FIELDS.items()}
     # A folder without head_dim means equal shares of the hidden size, as in the released code.
     head_dim = raw["head_dim"] if "head_dim" in raw else raw["hidden_size"] // raw["num_attention_heads"]
@@ -165,14 +197,14 @@ def _vision(raw: dict[str, Any], shapes: Mapping[str, tuple[int, ...]]) -> Visio
     return VisionConfig(**fields)
 
 
-def _rope(raw: dict[str, Any]) -> dict[str, Any]:
+def rope_settings(raw: dict[str, Any]) -> dict[str, Any]:
     """Rotary settings: `rope_theta` and `rope_scaling` as released, or `rope_parameters` as transformers 5 writes them."""
     base = {"rope_theta": raw["rope_theta"]} if "rope_theta" in raw else {}
     return base | (raw.get("rope_scaling") or {}) | (raw.get("rope_parameters") or {})
 
 
 def _rope_problems(raw: dict[str, Any]) -> list[str]:
-    rope = _rope(raw)
+    rope = rope_settings(raw)
     found = [rope[name] for name in ("type", "rope_type") if name in rope and rope[name] not in ROPE_TYPES]
     problems = [f"the rotary embedding is of type {name!r}; this model has {' or '.join(ROPE_TYPES)}" for name in found]
     if rope.get("mrope_interleaved"):
@@ -188,13 +220,13 @@ def _fixed_problems(raw: dict[str, Any], fixed: dict[str, Any], prefix: str) -> 
     ]
 
 
-def _require_variant(folder: Path, model: ModelConfig, shapes: Mapping[str, tuple[int, ...]]) -> None:
+def _require_variant(path: Path, model: ModelConfig, shapes: Mapping[str, tuple[int, ...]]) -> None:
     widths = {"keye_vl_preview": model.vision.hidden_size, "keye_vl_1_5": model.vision.hidden_size * MERGE * MERGE}
     expected = (widths[model.variant],)
     if NORM in shapes and shapes[NORM] != expected:
         fits = [variant for variant, width in widths.items() if shapes[NORM] == (width,)]
         raise CheckpointError(
-            f"{folder / CONFIG_FILE} names {model.variant}, whose {NORM} is {list(expected)}, but the weights have {list(shapes[NORM])}"
+            f"{path} names {model.variant}, whose {NORM} is {list(expected)}, but the weights have {list(shapes[NORM])}"
             + (f", which is that of {fits[0]}; correct `architectures` and `model_type`, or use the config.json of these weights"
                if fits else "; use the config.json that belongs to these weights")
         )  # fmt: skip

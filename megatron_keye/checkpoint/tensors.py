@@ -6,6 +6,7 @@ A source is a folder of Hugging Face weights (`hf_weights.HfTensors`), a checkpo
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Protocol
 
 import torch
@@ -58,6 +59,40 @@ class Cast:
 
     def read_rows(self, name: str, start: int, stop: int) -> Tensor:
         return self.source.read_rows(name, start, stop).to(self.dtype)
+
+
+@dataclass(frozen=True)
+class Renamed:
+    """Some tensors of `source` under other names."""
+
+    source: TensorSource
+    old_names: Mapping[str, str]
+    """By new name."""
+
+    @property
+    def specs(self) -> Mapping[str, TensorSpec]:
+        return {new: self.source.specs[old] for new, old in self.old_names.items()}
+
+    def read_rows(self, name: str, start: int, stop: int) -> Tensor:
+        return self.source.read_rows(self.old_names[name], start, stop)
+
+
+@dataclass(frozen=True)
+class Combined:
+    """The tensors of several sources, whose names differ."""
+
+    sources: tuple[TensorSource, ...]
+
+    @cached_property
+    def specs(self) -> Mapping[str, TensorSpec]:
+        return {name: spec for source in self.sources for name, spec in source.specs.items()}
+
+    def read_rows(self, name: str, start: int, stop: int) -> Tensor:
+        return self._source_of[name].read_rows(name, start, stop)
+
+    @cached_property
+    def _source_of(self) -> dict[str, TensorSource]:
+        return {name: source for source in self.sources for name in source.specs}
 
 
 def row_ranges(spec: TensorSpec, max_bytes: int = CHUNK_BYTES) -> Iterator[tuple[int, int]]:

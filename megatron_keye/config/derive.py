@@ -210,5 +210,10 @@ def _check_training(config: RunConfig) -> Iterator[str]:
         yield "model.freeze names every module, so nothing would train: remove at least one"
     if train.valid_every_steps and config.data.valid is None:
         yield f"train.valid_every_steps = {train.valid_every_steps} without data.valid: name a held-out set, or set it to 0"
+    if train.export_hf_every_steps % train.save_every_steps:
+        yield (
+            f"train.export_hf_every_steps = {train.export_hf_every_steps} is not a multiple of train.save_every_steps = "
+            f"{train.save_every_steps}: exports are made of checkpoints; change one of them"
+        )
     if train.overlap_param_gather and not train.overlap_grad_reduce:
         yield "train.overlap_param_gather is on without train.overlap_grad_reduce: Megatron-core needs both together; turn both on or off"

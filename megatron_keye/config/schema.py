@@ -74,6 +74,8 @@ class ModelConfig(Section):
     decoder: DecoderConfig
     freeze: tuple[Module, ...] = ()
     """Modules without weight gradients and optimizer state."""
+    init_from: str | None = None
+    """Hugging Face folder, checkpoint or run directory whose weights a run starts from; None starts from fresh ones."""
     init_std: float = 0.02
     """Standard deviation of fresh weights."""
 
@@ -250,6 +252,8 @@ class TrainConfig(Section):
     """bf16 keeps float32 main weights and gradients; fp64 is for proofs on CPU."""
     save_every_steps: Positive = 100
     keep_checkpoints: Positive = 2
+    export_hf_every_steps: NonNegative = 0
+    """Steps between Hugging Face folders, made of checkpoints while training goes on, and at the end (RUN_DIR/hf/step_N); 0 makes none."""
     valid_every_steps: NonNegative = 0
     """0 evaluates only at the end."""
     valid_steps: Positive = 8

@@ -29,6 +29,11 @@ class KeyeTokenizer:
         self.vocab_size = max(tokenizer.get_vocab(with_added_tokens=True).values()) + 1
         """One more than the largest token id."""
 
+    @property
+    def vocab(self) -> dict[str, int]:
+        """Token -> id, special and added tokens included."""
+        return self._tokenizer.get_vocab(with_added_tokens=True)
+
     def encode(self, text: str) -> list[int]:
         return self._tokenizer.encode(text, add_special_tokens=False).ids
 
@@ -44,7 +49,13 @@ class KeyeTokenizer:
 
 def load_tokenizer(folder: str | Path, variant: Variant) -> KeyeTokenizer:
     """Load the tokenizer of `folder`. Raises SettingsError if it is absent, damaged, or lacks the variant's special tokens."""
-    folder = Path(folder)
+    tokenizer = load_tokenizer_file(Path(folder))
+    specials = SpecialTokens.from_vocab(tokenizer.get_vocab(with_added_tokens=True), variant)
+    return KeyeTokenizer(tokenizer, specials, _fingerprint(Path(folder)))
+
+
+def load_tokenizer_file(folder: Path) -> Tokenizer:
+    """The tokenizer of `folder`, whatever tokens it has. Raises SettingsError if it is absent or damaged."""
     path = folder / "tokenizer.json"
     if not path.is_file():
         raise SettingsError(
@@ -58,8 +69,7 @@ def load_tokenizer(folder: str | Path, variant: Variant) -> KeyeTokenizer:
     tokenizer.no_truncation()
     tokenizer.no_padding()
     _add_configured_tokens(tokenizer, folder / "tokenizer_config.json")
-    specials = SpecialTokens.from_vocab(tokenizer.get_vocab(with_added_tokens=True), variant)
-    return KeyeTokenizer(tokenizer, specials, _fingerprint(folder))
+    return tokenizer
 
 
 def _add_configured_tokens(tokenizer: Tokenizer, config_path: Path) -> None:

@@ -1,22 +1,19 @@
 """Checkpoints of a training run: what of a KeyeModel and its optimizer they hold, in the terms of `checkpoint/`."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
 from megatron.core.optimizer import ChainedOptimizer
 from torch import Tensor, nn
 
+from megatron_keye.checkpoint.identity import identity
 from megatron_keye.checkpoint.load import Loaded, load_latest
 from megatron_keye.checkpoint.manifest import RunRecord
 from megatron_keye.checkpoint.state import LocalParameter, TrainingState
 from megatron_keye.checkpoint.store import save_checkpoint
-from megatron_keye.config.schema import ModelConfig
 from megatron_keye.model.names import Piece, decoder_pieces, encoder_pieces
 from megatron_keye.train.build import KeyeModel
-
-NOT_IDENTITY = ("freeze", "init_std", "vision.recompute", "decoder.recompute")
-"""Settings of the model that may change between saving and loading."""
 
 
 def save(folder: Path, model: KeyeModel, optimizer: ChainedOptimizer | None, run: RunRecord, tokenizer: str, keep: int) -> Path:
@@ -44,20 +41,6 @@ def training_state(model: KeyeModel, optimizer: ChainedOptimizer | None) -> Trai
         ddp_modules=(*model.chunks_ddp, *encoder_ddp),
         world=model.groups.world,
     )
-
-
-def identity(model: ModelConfig, tokenizer: str) -> dict[str, int | float | str]:
-    """What makes two models the same: variant and sizes by dotted name, and the fingerprint of the tokenizer."""
-    values = {name: value for name, value in _flatten(model.model_dump(), "") if name not in NOT_IDENTITY}
-    return {**values, "tokenizer": tokenizer}
-
-
-def _flatten(settings: Mapping, prefix: str) -> Iterable[tuple[str, int | float | str]]:
-    for name, value in settings.items():
-        if isinstance(value, Mapping):
-            yield from _flatten(value, f"{prefix}{name}.")
-        else:
-            yield f"{prefix}{name}", str(value) if isinstance(value, tuple) else value
 
 
 def _local_parameters(model: KeyeModel) -> Iterable[LocalParameter]:
