@@ -188,11 +188,19 @@ class LookaheadConfig(Section):
     """The most work in one step, in percent of the mean step."""
 
 
+class OrderConfig(Section):
+    """How samples are shuffled: blocks of neighbours first, then the samples of a few blocks, so that shards are read in long stretches.
+    Where all samples lie in one window, any sample may come anywhere in an epoch."""
+
+    block_bytes: Positive = 64 << 20
+    blocks_per_window: Positive = 16
+
+
 class DataConfig(Section):
     """Where samples come from and how they fill steps."""
 
     train: str
-    """Folder with shards and index of the training set."""
+    """Folder with shards and index of the training set, or a YAML file that mixes several by weights or token shares."""
     valid: str | None = None
     """Folder of the held-out set; None evaluates nothing."""
     tokenizer: str
@@ -204,6 +212,7 @@ class DataConfig(Section):
     global_batch_samples: Positive
     """Samples of one optimizer step."""
     lookahead: LookaheadConfig = LookaheadConfig()
+    order: OrderConfig = OrderConfig()
     image: ImageConfig = ImageConfig()
     video: VideoConfig = VideoConfig()
     prefetch_steps: NonNegative = 2

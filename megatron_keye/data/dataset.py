@@ -83,6 +83,18 @@ class Dataset:
         """What planning reads of it: no shard is opened."""
         return PlanData(self._table, self.shapes)
 
+    @property
+    def mean_sample_bytes(self) -> int:
+        """Bytes of shards per sample."""
+        return self._index.shard_bytes // len(self._index)
+
+    def tokens_by_modality(self) -> tuple[int, int, int]:
+        """Tokens of all samples: visual ones of samples with a video, visual ones of the others, and text."""
+        visual = self._table.visual_tokens()
+        with_video = self._index.with_video()[self._usable]
+        text = int(self._table.tokens.sum()) - int(visual.sum())
+        return int(visual[with_video].sum()), int(visual[~with_video].sum()), text
+
     def shape(self, sample: int) -> SampleShape:
         """Shape of a sample after it was made to fit; exactly that of its tokens."""
         return self._fit(sample).shape
@@ -99,6 +111,10 @@ class Dataset:
 
     def source(self, sample: int) -> str | None:
         return self._index.source(self._number(sample))
+
+    def record_crc32(self, sample: int) -> int:
+        """Checksum of the record's JSON, which holds the SHA-256 of each of its media."""
+        return self._index.record_crc32(self._number(sample))
 
     def answer(self, sample: int) -> str | None:
         return self.record(sample).answer

@@ -158,6 +158,17 @@ class Index:
         first_run, num_runs = (np.ascontiguousarray(samples[name]) for name in ("first_run", "num_runs"))
         return SampleTable(tokens, first_run, num_runs, runs["patches"], runs["segments"])
 
+    def with_video(self) -> np.ndarray:
+        """bool [len]: whether a sample has a video."""
+        samples = self._tables["samples"]
+        videos_before = np.concatenate([[0], np.cumsum(self._tables["items"]["kind"] == VIDEO)])
+        return videos_before[samples["first_item"] + samples["num_items"]] > videos_before[samples["first_item"]]
+
+    @property
+    def shard_bytes(self) -> int:
+        """Of all shards together."""
+        return sum(shard["bytes"] for shard in self._meta["shards"])
+
     def distinct_clips(self) -> Iterator[tuple[int, Item]]:
         """Yields the videos that differ in what decides which frames are sampled, each with a sample that has it."""
         items = self._tables["items"]

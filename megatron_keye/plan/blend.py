@@ -153,8 +153,8 @@ class BlendedOrder:
     def __init__(self, orders: Sequence[Order], stages: Sequence[tuple[int, Blend]]):
         """`orders` of the sources, whose samples are numbered one source after another; `stages` pairs of first position and blend."""
         firsts = [first for first, _ in stages]
-        if not stages or firsts[0] != 0 or firsts != sorted(set(firsts)):
-            raise PlanError(f"The stages of a mixture begin at positions {firsts}, expected 0 and then rising ones.")
+        if not stages or firsts != sorted(set(firsts)):
+            raise PlanError(f"The stages of a mixture begin at positions {firsts}, expected rising ones.")
         self._orders, self._blends = orders, [blend for _, blend in stages]
         self._firsts = np.array(firsts, np.int64)
         self._first_samples = np.concatenate([[0], np.cumsum([order.num_samples for order in orders])])
@@ -162,12 +162,20 @@ class BlendedOrder:
 
     def __call__(self, positions: np.ndarray) -> np.ndarray:
         """The samples at `positions`, int64 [n]."""
-        stages = np.searchsorted(self._firsts, positions, side="right") - 1
+        sources, places = self.places(positions)
         samples = np.empty_like(positions)
-        for stage in np.unique(stages).tolist():
-            in_stage = np.flatnonzero(stages == stage)
-            sources, places = self._blends[stage](positions[in_stage] - self._firsts[stage])
-            for source in np.unique(sources).tolist():
-                here = sources == source
-                samples[in_stage[here]] = self._first_samples[source] + self._orders[source](places[here])
+        for source in np.unique(sources).tolist():
+            here = sources == source
+            samples[here] = self._first_samples[source] + self._orders[source](places[here])
         return samples
+
+    def places(self, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """The source of each of `positions` and the place in that source's own order: int64 [n] twice."""
+        stages = np.searchsorted(self._firsts, positions, side="right") - 1
+        if len(stages) and stages.min() < 0:
+            raise PlanError(f"Position {positions.min()} is before the mixture's first stage, which begins at {self._firsts[0]}.")
+        sources, places = np.empty_like(positions), np.empty_like(positions)
+        for stage in np.unique(stages).tolist():
+            here = stages == stage
+            sources[here], places[here] = self._blends[stage](positions[here] - self._firsts[stage])
+        return sources, places

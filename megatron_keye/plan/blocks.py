@@ -1,10 +1,14 @@
-"""An order in two levels, so that shards are read in long stretches: blocks are shuffled, and then samples within a few blocks.
+"""The order of one source, in two levels so that its shards are read in long stretches: blocks are shuffled, and then samples within a
+few blocks.
 
-A block is a run of samples that lie side by side, about 64 MB of shards. Every epoch puts the blocks into a keyed order, cuts
-that into windows of a few blocks, and permutes the samples of each window. While training is in one window, a leader's reads
-fall into its few blocks and no others.
+A block is a run of samples that lie side by side. Every epoch shifts the boundaries of blocks, puts the blocks into a keyed order, cuts
+that into windows of a few blocks, and permutes the samples of each window. While training is in one window, reads fall into its few
+blocks and no others. Where one window holds the whole source, that is one permutation of all samples.
+
+Nothing is stored: a position costs the same in a source of a thousand samples and of a billion.
 """
 
+import hashlib
 from functools import lru_cache
 
 import numpy as np
@@ -12,61 +16,59 @@ import numpy as np
 from megatron_keye.errors import PlanError
 from megatron_keye.plan.order import Permutation, by_epoch
 
-BLOCK_BYTES = 64 << 20
 CACHED_EPOCHS = 2
-
-
-def block_starts(sample_bytes: np.ndarray, shard_of: np.ndarray, block_bytes: int = BLOCK_BYTES) -> np.ndarray:
-    """Boundaries of blocks, int64 [blocks + 1], of samples that take `sample_bytes` int64 [n] and lie in order in the shards `shard_of`
-    int64 [n]. A block ends before the sample that would lift it above `block_bytes`, and with its shard."""
-    if not len(sample_bytes):
-        raise PlanError("The dataset has 0 samples; blocks need at least one. Check data.train and its index.")
-    ends = np.cumsum(sample_bytes, dtype=np.int64)
-    shard_ends = np.append(np.flatnonzero(np.diff(shard_of)) + 1, len(sample_bytes))
-    starts = [0]
-    for shard_end in shard_ends.tolist():
-        while starts[-1] < shard_end:
-            before = ends[starts[-1]] - sample_bytes[starts[-1]]
-            stop = int(np.searchsorted(ends, before + block_bytes, side="right"))
-            starts.append(min(max(stop, starts[-1] + 1), shard_end))
-    return np.array(starts, np.int64)
+CACHED_WINDOWS = 8
 
 
 class BlockOrder:
-    """The endless sequence of epochs in two levels. Keeps the boundaries of blocks and, for the epochs in use, sums over them."""
+    """The endless sequence of epochs over samples 0 .. num_samples - 1; each epoch visits every sample once."""
 
-    def __init__(self, starts: np.ndarray, blocks_per_window: int, seed: int):
-        """`starts` int64 [blocks + 1] as from `block_starts`."""
-        if len(starts) < 2 or starts[0] != 0 or (np.diff(starts) < 1).any():
-            raise PlanError("Block boundaries must rise from 0 to the number of samples. Write the index again.")
-        if blocks_per_window < 1:
-            raise PlanError(f"blocks_per_window is {blocks_per_window}, expected at least 1.")
-        self._starts, self._blocks_per_window, self._seed = starts, blocks_per_window, seed
-        self.num_samples = int(starts[-1])
-        self._epoch = lru_cache(CACHED_EPOCHS)(lambda epoch: _BlockEpoch(starts, blocks_per_window, f"seed {seed}, epoch {epoch}"))
+    def __init__(self, num_samples: int, block_samples: int, blocks_per_window: int, seed: int):
+        if num_samples < 1:
+            raise PlanError(f"The dataset has {num_samples} samples; an order needs at least one. Check data.train and its index.")
+        if min(block_samples, blocks_per_window) < 1:
+            raise PlanError(f"Blocks of {block_samples} samples and windows of {blocks_per_window} blocks: expected at least 1 of each.")
+        self.num_samples = num_samples
+        self._epoch = lru_cache(CACHED_EPOCHS)(
+            lambda epoch: _BlockEpoch(num_samples, block_samples, blocks_per_window, f"seed {seed}, epoch {epoch}")
+        )
 
     def __call__(self, positions: np.ndarray) -> np.ndarray:
         """The samples at `positions`, int64 [n]."""
         return by_epoch(positions, self.num_samples, self._epoch)
 
 
+def shuffled(num_samples: int, seed: int) -> BlockOrder:
+    """The order in which any sample may come anywhere in an epoch."""
+    return BlockOrder(num_samples, max(1, num_samples), 1, seed)
+
+
 class _BlockEpoch:
-    def __init__(self, starts: np.ndarray, blocks_per_window: int, name: str):
-        num_blocks = len(starts) - 1
-        self._name = name
-        blocks = Permutation(num_blocks, f"block order: {name}".encode()).of(np.arange(num_blocks))
-        self._first_samples = starts[blocks]
-        self._begins = np.concatenate([[0], np.cumsum(starts[blocks + 1] - starts[blocks])])
-        """Of each block in this epoch's order, the offset at which it would begin if its samples were not mixed with others."""
-        self._windows = self._begins[np.append(np.arange(0, num_blocks, blocks_per_window), num_blocks)]
+    """One epoch, as a function from offsets in it, int64 [n], to samples. Samples that fill no block come last, mixed with the last
+    window; as block boundaries shift, they are others in each epoch."""
+
+    def __init__(self, num_samples: int, block_samples: int, blocks_per_window: int, name: str):
+        self._name, self._num_samples, self._block_samples = name, num_samples, block_samples
+        self._num_blocks = num_samples // block_samples
+        self._blocks = Permutation(self._num_blocks, f"block order: {name}".encode()) if self._num_blocks else None
+        self._num_windows = max(1, self._num_blocks // blocks_per_window)
+        self._window_samples = block_samples * blocks_per_window
+        self._shift = int.from_bytes(hashlib.shake_256(f"block boundaries: {name}".encode()).digest(8), "little") % num_samples
+        self._permutation = lru_cache(CACHED_WINDOWS)(self._window_permutation)
 
     def __call__(self, offsets: np.ndarray) -> np.ndarray:
-        windows = np.searchsorted(self._windows, offsets, side="right") - 1
-        unmixed = np.empty_like(offsets)
+        windows = np.minimum(offsets // self._window_samples, self._num_windows - 1)
+        mixed = np.empty_like(offsets)
         for window in np.unique(windows).tolist():
-            here = windows == window
-            begin, end = self._windows[window], self._windows[window + 1]
-            permutation = Permutation(int(end - begin), f"samples of window {window}: {self._name}".encode())
-            unmixed[here] = begin + permutation.of(offsets[here] - begin)
-        blocks = np.searchsorted(self._begins, unmixed, side="right") - 1
-        return self._first_samples[blocks] + unmixed - self._begins[blocks]
+            here, begin = windows == window, window * self._window_samples
+            mixed[here] = begin + self._permutation(window).of(offsets[here] - begin)
+        blocks, within = np.divmod(mixed, self._block_samples)
+        whole = blocks < self._num_blocks
+        if whole.any():
+            blocks[whole] = self._blocks.of(blocks[whole])
+        return (blocks * self._block_samples + within + self._shift) % self._num_samples
+
+    def _window_permutation(self, window: int) -> Permutation:
+        begin = window * self._window_samples
+        end = self._num_samples if window == self._num_windows - 1 else begin + self._window_samples
+        return Permutation(end - begin, f"samples of window {window}: {self._name}".encode())

@@ -1,16 +1,17 @@
-"""The resume state: a few numbers from which every later step plan follows, and whose numbers they are."""
+"""The resume state: a few numbers from which every later step plan follows, and the order whose positions they count."""
 
 import json
 import re
-from dataclasses import astuple, dataclass
+from dataclasses import astuple, dataclass, replace
 
 from megatron_keye.errors import CheckpointError, PlanError
 from megatron_keye.plan.cost import CostModel
 from megatron_keye.plan.digest import LEDGER_START
 from megatron_keye.plan.lookahead import Lookahead
+from megatron_keye.plan.mixture import Mixture, Source, Stage, continued
 from megatron_keye.plan.windows import Progress, Stretch
 
-PLAN_VERSION = 1
+PLAN_VERSION = 2
 """Raised whenever the same cursor would give other members. Placement may change without it."""
 
 
@@ -33,32 +34,24 @@ class Cursor:
 
 
 @dataclass(frozen=True, slots=True)
-class RunIdentity:
-    """What must not change for a cursor to keep its meaning."""
-
-    seed: int
-    dataset_fingerprint: str
-    global_batch_samples: int
-    plan_version: int = PLAN_VERSION
-
-
-@dataclass(frozen=True, slots=True)
 class ResumeState:
-    """What a checkpoint stores: a cursor and the run it belongs to. The same on every rank, at every layout."""
+    """What a checkpoint stores: a cursor, and the order whose positions it counts. The same on every rank, at every layout."""
 
     cursor: Cursor
-    run: RunIdentity
+    mixture: Mixture
+    plan_version: int = PLAN_VERSION
 
     def to_json(self) -> str:
-        """One line of JSON: some 250 bytes, and 100 for each stretch."""
+        """One line of JSON: some 350 bytes, and 100 for each further source, stage and stretch."""
         fields = {
             "step": self.cursor.step,
             "position": self.cursor.position,
             "ledger": self.cursor.ledger.hex(),
-            "seed": self.run.seed,
-            "dataset_fingerprint": self.run.dataset_fingerprint,
-            "global_batch_samples": self.run.global_batch_samples,
-            "plan_version": self.run.plan_version,
+            "seed": self.mixture.seed,
+            "blocks_per_window": self.mixture.blocks_per_window,
+            "sources": [list(astuple(source)) for source in self.mixture.sources],
+            "stages": [list(astuple(stage)) for stage in self.mixture.stages],
+            "plan_version": self.plan_version,
         }
         if self.cursor.stretches:
             fields["stretches"] = [_stretch_numbers(stretch) for stretch in self.cursor.stretches]
@@ -72,8 +65,34 @@ class ResumeState:
         cursor = Cursor(fields["step"], fields["position"], bytes.fromhex(fields["ledger"]), stretches)
         if cursor.progress.base < 0:
             raise CheckpointError(f"The resume state's stretches hold more than its {cursor.position} samples. {_REMEDY}")
-        run = RunIdentity(fields["seed"], fields["dataset_fingerprint"], fields["global_batch_samples"], fields["plan_version"])
-        return cls(cursor, run)
+        mixture = _mixture(fields)
+        if mixture.stages[0].position > cursor.progress.base:
+            raise CheckpointError(f"The resume state's stages begin at position {mixture.stages[0].position}, after its samples. {_REMEDY}")
+        return cls(cursor, mixture, fields["plan_version"])
+
+    def going_on(self, wanted: Mixture) -> "ResumeState":
+        """The state from which a run with the mixture `wanted` now goes on: every sample of an epoch is used once all the same.
+
+        Raises CheckpointError, naming each difference and its remedy, where the sequence of samples would not go on as it was.
+        """
+        problems = []
+        if self.plan_version != PLAN_VERSION:
+            problems.append(
+                f"plan_version is {PLAN_VERSION}, but the checkpoint's is {self.plan_version}: use the version of megatron_keye that "
+                "wrote it"
+            )
+        progress = self.cursor.progress
+        try:
+            mixture = continued(self.mixture, wanted, progress.frontier)
+        except PlanError as error:
+            problems += str(error).splitlines()
+        if problems:
+            raise CheckpointError(
+                f"Cannot resume at step {self.cursor.step}: the sequence of samples would not go on as it was.\n"
+                + "\n".join(f"  - {problem}" for problem in problems)
+                + "\nOr start a new run from these weights."
+            )
+        return replace(self, mixture=mixture.since(progress.base))
 
 
 _FIELD_TYPES = {
@@ -81,8 +100,9 @@ _FIELD_TYPES = {
     "position": int,
     "ledger": str,
     "seed": int,
-    "dataset_fingerprint": str,
-    "global_batch_samples": int,
+    "blocks_per_window": int,
+    "sources": list,
+    "stages": list,
     "plan_version": int,
     "stretches": list,
 }
@@ -111,6 +131,25 @@ def _stretch(numbers: list) -> Stretch:
         raise CheckpointError(f"The resume state's stretches hold {numbers!r} ({error}). {_REMEDY}") from error
 
 
+def _mixture(fields: dict) -> Mixture:
+    """Raises CheckpointError where sources or stages are not what `to_json` writes."""
+    try:
+        sources = tuple(Source(*source) for source in fields["sources"])
+        stages = tuple(Stage(position, tuple(weights), tuple(starts)) for position, weights, starts in fields["stages"])
+        counts = [n for source in sources for n in (source.num_samples, source.block_samples)]
+        counts += [n for stage in stages for n in (stage.position, *stage.weights, *stage.starts)]
+        names = [name for source in sources for name in (source.name, source.fingerprint)]
+        if not all(type(n) is int and n >= 0 for n in counts) or not all(type(name) is str for name in names):
+            raise ValueError("expected names and whole numbers")
+        if not sources or any(len(stage.weights) > len(sources) for stage in stages):
+            raise ValueError(f"expected weights of {len(sources)} sources at most, and one at least")
+        mixture = Mixture(fields["seed"], fields["blocks_per_window"], sources, stages)
+        mixture.order()
+    except (TypeError, ValueError, PlanError) as error:
+        raise CheckpointError(f"The resume state's sources or stages are damaged ({error}). {_REMEDY}") from error
+    return mixture
+
+
 def _parse_fields(text: str) -> dict:
     try:
         fields = json.loads(text)
@@ -130,24 +169,3 @@ def _parse_fields(text: str) -> dict:
     if not re.fullmatch("[0-9a-f]{64}", fields["ledger"]):
         raise CheckpointError(f"The resume state's ledger is {fields['ledger']!r} where 64 hexadecimal digits were expected. {_REMEDY}")
     return fields
-
-
-def check_resumable(saved: ResumeState, run: RunIdentity) -> None:
-    """Raise CheckpointError, naming each difference and its remedy, unless `run` would go on exactly where `saved` stopped."""
-    new_run = "start a new run from these weights"
-    remedies = {
-        "seed": f"set train.seed back to {saved.run.seed}, or {new_run}",
-        "dataset_fingerprint": f"point data.train to the dataset the run began with, unchanged, or {new_run}",
-        "global_batch_samples": f"set data.global_batch_samples back to {saved.run.global_batch_samples}, or {new_run}",
-        "plan_version": f"use the version of megatron_keye that wrote the checkpoint, or {new_run}",
-    }
-    problems = []
-    for name, remedy in remedies.items():
-        before, now = getattr(saved.run, name), getattr(run, name)
-        if before != now:
-            problems.append(f"{name} is {now!r}, but the checkpoint's is {before!r}: {remedy}")
-    if problems:
-        raise CheckpointError(
-            f"Cannot resume at step {saved.cursor.step}: the sequence of samples would not go on as it was.\n"
-            + "\n".join(f"  - {p}" for p in problems)
-        )

@@ -10,11 +10,12 @@ from megatron_keye.contract.media import SampleShape
 from megatron_keye.errors import PlanError
 from megatron_keye.plan.assignment import Assignment, AssignmentRules, Barrier, StepCosts, assign_samples
 from megatron_keye.plan.balance import imbalance, place_segments
+from megatron_keye.plan.blocks import shuffled
 from megatron_keye.plan.cost import CostModel
 from megatron_keye.plan.cursor import Cursor
 from megatron_keye.plan.digest import ledger_digest
 from megatron_keye.plan.lookahead import ONE_BATCH, Lookahead
-from megatron_keye.plan.order import Order, ShuffledOrder
+from megatron_keye.plan.order import Order
 from megatron_keye.plan.pack import Item, pack_rows, round_up, rows_of
 from megatron_keye.plan.spread import NO_LIMIT
 from megatron_keye.plan.table import SampleTable
@@ -92,7 +93,7 @@ class StepPlanner:
     def __init__(self, data: PlanData, settings: PlanSettings, order: Order | None = None):
         """`order` is one of the whole dataset shuffled where none is given. Raises PlanError for a dataset without samples."""
         self._data, self._settings = data, settings
-        self._order = ShuffledOrder(len(data.table), settings.seed) if order is None else order
+        self._order = shuffled(len(data.table), settings.seed) if order is None else order
         self._membership = Membership(self._order, data.table.window_costs)
 
     def plan(self, cursor: Cursor) -> tuple[StepPlan, Cursor]:

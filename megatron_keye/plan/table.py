@@ -71,6 +71,11 @@ class SampleTable:
         """The table of `samples` int64 [m] alone, in their order. Shares the runs."""
         return replace(self, tokens=self.tokens[samples], first_run=self.first_run[samples], num_runs=self.num_runs[samples])
 
+    def visual_tokens(self) -> np.ndarray:
+        """int64 [n]: of every sample."""
+        tokens_before = np.concatenate([[0], np.cumsum(self.run_patches.astype(np.int64) * self.run_segments)]) // (MERGE * MERGE)
+        return tokens_before[self.first_run + self.num_runs] - tokens_before[self.first_run]
+
     def step_costs(self, samples: np.ndarray, cost: CostModel, pad_multiple_tokens: int, seq_length_tokens: int) -> StepCosts:
         """Costs of `samples` int64 [n], padded. Raises PlanError when one does not fit a row."""
         tokens = self.tokens[samples].astype(np.int64)

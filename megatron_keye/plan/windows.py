@@ -53,6 +53,11 @@ class Progress:
         """Where the first stretch began: all positions before are taken, and none after it otherwise."""
         return self.position - sum(stretch.samples for stretch in self.stretches)
 
+    @property
+    def frontier(self) -> int:
+        """The first position that no window has drawn: an order may change from there on."""
+        return self.position + num_left(self.stretches)
+
     def under(self, global_batch_samples: int, lookahead: Lookahead) -> "Progress":
         """The same progress, ready for a step with these settings."""
         stretches = self.stretches

@@ -3,11 +3,13 @@
 from megatron_keye.config.derive import num_replicas, padded_vocab_size, require_valid, stage_layers
 from megatron_keye.config.load import dump_config
 from megatron_keye.config.schema import DecoderConfig, ModelConfig, RunConfig
-from megatron_keye.data.dataset import Dataset
 from megatron_keye.data.loader import replica_pixel_bytes
+from megatron_keye.data.mixture import open_training_set
 from megatron_keye.data.tokenizer import load_tokenizer
 from megatron_keye.errors import KeyeError
+from megatron_keye.plan.blend import CYCLE
 from megatron_keye.plan.cursor import Cursor
+from megatron_keye.plan.mixture import Source
 from megatron_keye.plan.types import ReplicaPlan
 from megatron_keye.train.placement import Planner
 
@@ -82,20 +84,26 @@ def total_parameters(model: ModelConfig) -> int:
 def _first_plan(config: RunConfig, processes: int) -> str:
     try:
         tokenizer = load_tokenizer(config.data.tokenizer, config.model.variant)
-        dataset = Dataset.open(config.data.train, tokenizer, config.model.variant, config.data)
+        dataset, weights = open_training_set(config.data, tokenizer, config.model.variant)
+        mixture = dataset.mixture(weights, config.data, config.train.seed)
     except KeyeError as error:
         return f"first step: cannot be planned here: {error}"
     planner = Planner(config, num_replicas(config, processes))
-    plan, _ = planner.over(dataset.plan_data)(Cursor())
+    plan, _ = planner.over(dataset.plan_data, mixture.order())(Cursor())
     loads = planner.loads(plan.replicas)
     lines = [
         f"data: {len(dataset):,} samples in {config.data.train}, {len(dataset.rejected)} left out",
+        *(_source_line(source, weight) for source, weight in zip(mixture.sources, weights, strict=True)),
         f"first step: predicted imbalance (max / mean) decoder {loads.decoder_imbalance:.3f}, ViT {loads.vision_imbalance:.3f}",
         *(_replica_line(number, plan.replicas[number]) for number in range(min(len(plan.replicas), 8))),
     ]
     if len(plan.replicas) > 8:
         lines.append(f"  ... and {len(plan.replicas) - 8} more replicas")
     return "\n".join(lines)
+
+
+def _source_line(source: Source, weight: int) -> str:
+    return f"  {source.name}: {source.num_samples:,} samples, {weight / CYCLE:.1%} of those trained on"
 
 
 def _replica_line(number: int, replica: ReplicaPlan) -> str:

@@ -19,7 +19,6 @@ import torch
 from megatron_keye.config.schema import RunConfig
 from megatron_keye.contract.rows import num_supervised
 from megatron_keye.data.broadcast import broadcast_rows, scatter_patches
-from megatron_keye.data.dataset import Dataset
 from megatron_keye.data.loader import (
     ReplicaData,
     ReplicaLoader,
@@ -36,7 +35,7 @@ from megatron_keye.plan.digest import NO_TABLE, plan_table
 from megatron_keye.plan.types import ReplicaPlan, StepPlan
 from megatron_keye.train.batch import BatchLayout, StepBatch, fill, lay_out
 from megatron_keye.train.consensus import agree, from_all_ranks
-from megatron_keye.train.placement import Planner
+from megatron_keye.train.placement import PlanAt
 
 
 @dataclass(frozen=True)
@@ -70,11 +69,9 @@ class Feed:
     """Steps from `cursor` on. `loader` is this replica's, and None except on its leader."""
 
     def __init__(
-        self, config: RunConfig, groups: Groups, dataset: Dataset, loader: ReplicaLoader | None, planner: Planner, cursor: Cursor,
-        device: torch.device,
+        self, config: RunConfig, groups: Groups, plan_at: PlanAt, loader: ReplicaLoader | None, cursor: Cursor, device: torch.device
     ):  # fmt: skip
-        self._config, self._groups, self._dataset, self._loader = config, groups, dataset, loader
-        self._planner, self._device = planner, device
+        self._config, self._groups, self._plan_at, self._loader, self._device = config, groups, plan_at, loader, device
         self._queue: deque[_Prepared | Exception] = deque()
         self._queued_bytes = 0
         self._changed = threading.Condition()
@@ -107,9 +104,8 @@ class Feed:
     def _prepare_ahead(self, cursor: Cursor) -> None:
         """Runs in the background until closed, or until a step fails: the exception then stands in the queue in its place."""
         try:
-            plan_at = self._planner.over(self._dataset.plan_data)
             while True:
-                plan, after = plan_at(cursor)
+                plan, after = self._plan_at(cursor)
                 share = plan.replicas[self._groups.coordinate("dp")]
                 check_budgets(share, f"step {plan.step}, replica {self._groups.coordinate('dp')}", self._config)
                 if not self._wait_for_room(replica_pixel_bytes(share)):

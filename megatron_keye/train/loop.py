@@ -15,9 +15,12 @@ from megatron_keye.checkpoint.manifest import RunRecord
 from megatron_keye.config.load import dump_config
 from megatron_keye.config.schema import RunConfig
 from megatron_keye.data.dataset import Dataset
+from megatron_keye.data.mixture import MixedDataset, open_training_set
 from megatron_keye.data.tokenizer import KeyeTokenizer, load_tokenizer
 from megatron_keye.errors import DataError, NumericError, SettingsError
-from megatron_keye.plan.cursor import Cursor, ResumeState, RunIdentity, check_resumable
+from megatron_keye.plan.cursor import Cursor, ResumeState
+from megatron_keye.plan.mixture import Mixture
+from megatron_keye.plan.order import Order
 from megatron_keye.train import checkpointing
 from megatron_keye.train.build import build_model, build_optimizer
 from megatron_keye.train.consensus import failing_together, said_once
@@ -34,10 +37,11 @@ from megatron_keye.train.step import StepResult, TrainStep
 
 @dataclass(frozen=True)
 class Inputs:
-    """The data side of a run."""
+    """The data side of a run. `mixture` is the order in which a run that begins goes through `train`."""
 
     tokenizer: KeyeTokenizer
-    train: Dataset
+    train: MixedDataset
+    mixture: Mixture
     valid: Dataset | None
 
 
@@ -50,9 +54,9 @@ def open_inputs(config: RunConfig) -> Inputs:
             f"the tokenizer at {data.tokenizer} has {tokenizer.vocab_size} ids, and model.decoder.vocab_size is "
             f"{config.model.decoder.vocab_size}; use the model's own tokenizer, or raise vocab_size for a fresh model"
         )
-    train = Dataset.open(data.train, tokenizer, variant, data)
+    train, weights = open_training_set(data, tokenizer, variant)
     valid = None if data.valid is None else Dataset.open(data.valid, tokenizer, variant, data)
-    return Inputs(tokenizer, train, valid)
+    return Inputs(tokenizer, train, train.mixture(weights, data, config.train.seed), valid)
 
 
 class Limits:
@@ -92,7 +96,7 @@ class Training:
             self.model = build_model(config, runtime.groups, runtime.device)
         self.step = TrainStep(self.model, build_optimizer(self.model))
         self.planner = Planner(config, runtime.groups.grid.dp)
-        self.identity = RunIdentity(config.train.seed, self.inputs.train.fingerprint, config.data.global_batch_samples)
+        self.mixture = self.inputs.mixture
         self._loaded_notes: list[str] = []
 
     def run(self) -> None:
@@ -117,7 +121,7 @@ class Training:
         settings = self.config.train
         first_step = cursor.step
         limits = Limits(self.config)
-        feed = self._feed(self.inputs.train, cursor)
+        feed = self._feed(self.inputs.train, cursor, self.mixture.order())
         try:
             while True:
                 requests = self.control.poll()
@@ -156,9 +160,10 @@ class Training:
         sets = [(data.train, inputs.train)] + ([] if inputs.valid is None else [(data.valid, inputs.valid)])
         return Loading(self.config, sets, inputs.tokenizer.specials.endoftext)
 
-    def _feed(self, dataset: Dataset, cursor: Cursor) -> Feed:
+    def _feed(self, dataset: MixedDataset | Dataset, cursor: Cursor, order: Order | None = None) -> Feed:
         loader = None if self._loading is None else self._loading.loader(dataset)
-        return Feed(self.config, self.runtime.groups, dataset, loader, self.planner, cursor, self.runtime.device)
+        plan_at = self.planner.over(dataset.plan_data, order)
+        return Feed(self.config, self.runtime.groups, plan_at, loader, cursor, self.runtime.device)
 
     def _validate(self, cursor: Cursor) -> None:
         """The mean loss of the first `valid_steps` steps of the held-out set, always the same samples; none when asked to stop."""
@@ -187,13 +192,13 @@ class Training:
         self._loaded_notes = [f"passed over a damaged checkpoint: {problem}" for problem in loaded.passed_over]
         if loaded.fresh_moments:
             self._loaded_notes.append(f"newly trained, with fresh optimizer state: {', '.join(loaded.fresh_moments)}")
-        saved = ResumeState.from_json(loaded.run.resume_state)
-        check_resumable(saved, self.identity)
-        return saved.cursor
+        state = ResumeState.from_json(loaded.run.resume_state).going_on(self.mixture)
+        self.mixture = state.mixture
+        return state.cursor
 
     def _save(self, cursor: Cursor) -> None:
         self._heartbeat(cursor, "save")
-        state = ResumeState(cursor, self.identity)
+        state = ResumeState(cursor, self.mixture.since(cursor.progress.base))
         versions = {"megatron_keye": megatron_keye.__version__, "torch": torch.__version__}
         record = RunRecord(cursor.step, state.to_json(), dump_config(self.config), cursor.ledger.hex(), versions)
         keep = self.config.train.keep_checkpoints

@@ -9,6 +9,7 @@ from megatron_keye.parallel.grid import RankGrid
 from megatron_keye.plan.cost import cost_model
 from megatron_keye.plan.cursor import Cursor
 from megatron_keye.plan.lookahead import Lookahead
+from megatron_keye.plan.order import Order
 from megatron_keye.plan.step import (
     PlanData,
     PlanSettings,
@@ -19,6 +20,9 @@ from megatron_keye.plan.step import (
     replicate_tasks,
 )
 from megatron_keye.plan.types import ReplicaPlan, Replicas, StepPlan
+
+PlanAt = Callable[[Cursor], tuple[StepPlan, Cursor]]
+"""From a cursor to the plan of its step and the cursor after it."""
 
 
 def rank_grid(config: RunConfig, num_replicas: int) -> RankGrid:
@@ -63,9 +67,9 @@ class Planner:
         self.encoders = self._replicate_over or self._settings.encoders
         """Places within a replica of the ranks that encode, as `loads` lists them."""
 
-    def over(self, data: PlanData) -> Callable[[Cursor], tuple[StepPlan, Cursor]]:
-        """A function from a cursor to the plan of its step and the cursor after it. Keeps the lookahead windows in use."""
-        steps = StepPlanner(data, self._settings)
+    def over(self, data: PlanData, order: Order | None = None) -> PlanAt:
+        """A function from a cursor to the plan of its step and the cursor after it; all samples shuffled where no `order` is given."""
+        steps = StepPlanner(data, self._settings, order)
 
         def plan_at(cursor: Cursor) -> tuple[StepPlan, Cursor]:
             plan, after = steps.plan(cursor)

@@ -327,10 +327,21 @@ def test_too_many_skipped_samples_end_the_run_on_all_ranks(tiny, spoiled, tmp_pa
     assert second[:2] == ("PeerError", 65)
 
 
-def test_another_set_seed_or_batch_cannot_go_on(tiny, tmp_path, straight):
-    config = tiny.config("train.seed=5", "data.global_batch_samples=8", "train.steps=9")
+def test_another_seed_cannot_go_on(tiny, tmp_path, straight):
     shutil.copytree(straight[0], tmp_path / "run")
-    first, second = on_ranks("dp2", config, _run_as, HookedTraining, tmp_path / "run", no_hook)
+    first, second = on_ranks("dp2", tiny.config("train.seed=5", "train.steps=9"), _run_as, HookedTraining, tmp_path / "run", no_hook)
     assert first[:2] == ("CheckpointError", 65)
-    assert "set train.seed back to 0" in first[2] and "set data.global_batch_samples back to 4" in first[2]
+    assert "seed is 5, but was 0: set train.seed back" in first[2]
     assert second[:2] == ("PeerError", 65)
+
+
+def test_another_batch_and_lookahead_go_on_and_use_every_sample_once(tiny, tmp_path, straight):
+    """Six steps of 4 are one epoch of the 24 samples; then come a window of two steps of 8, and one of 8."""
+    shutil.copytree(straight[0], tmp_path / "run")
+    config = tiny.config("data.global_batch_samples=8", "data.lookahead.batches=2", "train.steps=9")
+    assert on_ranks("dp2", config, _run_as, HookedTraining, tmp_path / "run", no_hook) == [None, None]
+    taken = [line["samples"] for line in read_lines(RunDir(tmp_path / "run").ledger)]
+    assert [len(samples) for samples in taken] == [4] * 6 + [8] * 3
+    windows = [taken[:6], taken[6:8]]
+    assert sorted(sample for samples in windows[0] for sample in samples) == list(range(24))
+    assert len({sample for samples in windows[1] for sample in samples}) == 16

@@ -8,12 +8,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from megatron_keye.errors import CheckpointError
+from megatron_keye.plan.blend import CYCLE
 from megatron_keye.plan.cost import CostModel
-from megatron_keye.plan.cursor import Cursor, ResumeState, RunIdentity, check_resumable
+from megatron_keye.plan.cursor import Cursor, ResumeState
 from megatron_keye.plan.lookahead import Lookahead
+from megatron_keye.plan.mixture import Mixture, Source, Stage, fresh_mixture
 from megatron_keye.plan.windows import Stretch
 
-STATE = ResumeState(Cursor(12, 768, bytes(range(32))), RunIdentity(seed=3, dataset_fingerprint="ab12", global_batch_samples=64))
+CAPTIONS, CLIPS = Source("captions", "ab12", 5000, 70), Source("clips", "cd34", 900, 3)
+MIXTURE = Mixture(3, 16, (CAPTIONS, CLIPS), (Stage(500, (CYCLE - 99, 99), (460, 40)),))
+STATE = ResumeState(Cursor(12, 768, bytes(range(32))), MIXTURE)
 COST = CostModel(1, 2, 3, 4, 5)
 STRETCHES = (Stretch(3, 64, Lookahead(8, 512, 200, COST)), Stretch(1, 32, Lookahead()))
 naturals = st.integers(0, 2**60)
@@ -23,6 +27,18 @@ stretches = st.builds(
     st.integers(1, 2**20),
     st.builds(Lookahead, st.integers(1, 64), st.integers(1, 2**20), st.integers(100, 1000), st.builds(CostModel, *[naturals] * 5)),
 )
+sources = st.builds(Source, st.text(), st.text(), st.integers(1, 2**40), st.integers(1, 2**40))
+
+
+@st.composite
+def mixtures(draw):
+    own = draw(st.lists(sources, min_size=1, max_size=3))
+    shares = [draw(st.integers(0, CYCLE // 3)) for _ in own[1:]]
+    positions = sorted(draw(st.sets(st.integers(0, 2**20), min_size=1, max_size=3)))
+    stages = tuple(Stage(position, (CYCLE - sum(shares), *shares), tuple(draw(naturals) for _ in own)) for position in positions)
+    return Mixture(draw(st.integers()), draw(st.integers(1, 100)), tuple(own), stages)
+
+
 states = st.builds(
     ResumeState,
     st.builds(
@@ -32,7 +48,8 @@ states = st.builds(
         st.binary(min_size=32, max_size=32),
         st.lists(stretches, max_size=3).map(tuple),
     ),
-    st.builds(RunIdentity, st.integers(), st.text(), naturals, naturals),
+    mixtures(),
+    naturals,
 )
 
 
@@ -49,9 +66,10 @@ def test_the_stored_form_is_pinned():
         "position": 768,
         "ledger": bytes(range(32)).hex(),
         "seed": 3,
-        "dataset_fingerprint": "ab12",
-        "global_batch_samples": 64,
-        "plan_version": 1,
+        "blocks_per_window": 16,
+        "sources": [["captions", "ab12", 5000, 70], ["clips", "cd34", 900, 3]],
+        "stages": [[500, [16285, 99], [460, 40]]],
+        "plan_version": 2,
     }
 
 
@@ -105,12 +123,21 @@ def test_what_is_not_a_resume_state_is_refused(text):
         ("ledger", "00"),
         ("ledger", "zz" * 32),
         ("seed", None),
-        ("dataset_fingerprint", 5),
+        ("blocks_per_window", "x"),
+        ("sources", [["captions", "ab12", 5000]]),
+        ("sources", [["captions", "ab12", 0, 1], ["clips", "cd34", 900, 3]]),
+        ("sources", [["captions", "ab12", 5000.0, 1], ["clips", "cd34", 900, 3]]),
+        ("sources", []),
+        ("stages", []),
+        ("stages", [[640, [16285, 98], [600, 40]]]),
+        ("stages", [[-640, [16285, 99], [600, 40]]]),
+        ("stages", [[640, [16285, 99]]]),
+        ("stages", [[769, [16285, 99], [600, 40]]]),
     ],
 )
 def test_a_damaged_field_is_named(name, value):
     stored = json.loads(STATE.to_json()) | {name: value}
-    with pytest.raises(CheckpointError, match=name):
+    with pytest.raises(CheckpointError, match=f"{name}.* use an earlier one"):
         ResumeState.from_json(json.dumps(stored))
 
 
@@ -122,28 +149,37 @@ def test_missing_and_unknown_fields_are_refused(edit):
         ResumeState.from_json(json.dumps(stored))
 
 
-def test_the_same_run_is_resumable():
-    check_resumable(STATE, replace(STATE.run))
+def wanted(sources=(CAPTIONS, CLIPS), weights=(CYCLE - 99, 99), seed=3, blocks_per_window=16):
+    return fresh_mixture(sources, weights, seed, blocks_per_window)
+
+
+def test_the_same_run_goes_on_as_it_was():
+    assert STATE.going_on(wanted()) == STATE
+
+
+def test_other_weights_open_a_stage_after_the_open_window():
+    open_window = replace(STATE, cursor=replace(STATE.cursor, stretches=(Stretch(3, 64, Lookahead(4, 1, 200, COST)),)))
+    after = open_window.going_on(wanted(weights=(0, CYCLE))).mixture
+    assert [stage.position for stage in after.stages] == [500, 768 + 64]
+    assert after.stages[-1].weights == (0, CYCLE)
+    assert sum(after.stages[-1].starts) == 500 + (768 + 64 - 500)
 
 
 @pytest.mark.parametrize(
     ("change", "remedy"),
     [
-        ({"seed": 4}, "train.seed back to 3"),
-        ({"dataset_fingerprint": "cd34"}, "data.train"),
-        ({"global_batch_samples": 32}, "data.global_batch_samples back to 64"),
-        ({"plan_version": 99}, "version of megatron_keye"),
+        ({"seed": 4}, "set train.seed back"),
+        ({"sources": (replace(CAPTIONS, fingerprint="ef56"), CLIPS)}, "source captions has fingerprint ef56, but had ab12"),
+        ({"blocks_per_window": 9}, "set data.order.blocks_per_window back"),
     ],
 )
 def test_each_difference_is_named_with_its_remedy(change, remedy):
-    with pytest.raises(CheckpointError, match=remedy) as caught:
-        check_resumable(STATE, replace(STATE.run, **change))
-    (name, value), before = next(iter(change.items())), getattr(STATE.run, next(iter(change)))
-    assert f"{name} is {value!r}, but the checkpoint's is {before!r}" in str(caught.value)
+    with pytest.raises(CheckpointError, match=f"Cannot resume at step 12.*\n  - .*{remedy}.*\nOr start a new run") as caught:
+        STATE.going_on(wanted(**change))
     assert str(caught.value).count("  - ") == 1
 
 
 def test_all_differences_are_named_at_once():
-    with pytest.raises(CheckpointError) as caught:
-        check_resumable(STATE, RunIdentity(1, "x", 1, 0))
+    with pytest.raises(CheckpointError, match="use the version of megatron_keye that wrote it") as caught:
+        replace(STATE, plan_version=99).going_on(wanted(seed=1, blocks_per_window=1, sources=(CLIPS, CAPTIONS)))
     assert str(caught.value).count("  - ") == 4

@@ -10,14 +10,14 @@ import torch
 from megatron_keye.contract.media import PatchGrid, SampleShape, Segment
 from megatron_keye.data.loader import SkippedSample
 from megatron_keye.plan.cursor import Cursor
-from megatron_keye.plan.types import StepPlan
+from megatron_keye.plan.step import PlanData
 from megatron_keye.train import recorder as recorder_module
 from megatron_keye.train.placement import Planner
-from megatron_keye.train.recorder import PHASES, Recorder, StepRecord
+from megatron_keye.train.recorder import COUNTS, PHASES, Recorder, StepRecord
 from megatron_keye.train.run_dir import RunDir
 from megatron_keye.train.step import StepResult
 
-SHAPES = [SampleShape(40), SampleShape(70, (Segment(PatchGrid(1, 6, 8), 5),)), SampleShape(300)]
+SHAPES = [SampleShape(40), SampleShape(70, (Segment(PatchGrid(1, 6, 8), 5),)), SampleShape(300), SampleShape(100)]
 
 
 class FakeGroup:
@@ -27,27 +27,30 @@ class FakeGroup:
 
 @pytest.fixture
 def make(tmp_path, monkeypatch):
-    """Makes the recorder of a run with two ranks; the other one needs a second longer for every phase."""
+    """Makes the recorder of a run with two ranks. The other one needs a second longer for every phase, has three times the decoder's
+    load, encodes nothing, and is no leader."""
 
     def all_gather(every, mine, group):
         every[0].copy_(mine)
-        every[1].copy_(mine + 1.0)
+        phases = mine[: len(PHASES)] + 1.0
+        decoder_load = 3 * mine[len(PHASES)]
+        every[1].copy_(torch.tensor([*phases, decoder_load, math.nan, *[0.0] * len(COUNTS)]))
 
     monkeypatch.setattr(recorder_module.dist, "all_gather", all_gather)
     run = RunDir(tmp_path)
     run.create()
 
     def make(config, first_step=0, is_main=True):
-        runtime = SimpleNamespace(groups=SimpleNamespace(world=FakeGroup()), device=torch.device("cpu"), is_main=is_main)
-        return run, Recorder(run, runtime, Planner(config, 2), first_step, 10)
+        runtime = SimpleNamespace(groups=SimpleNamespace(world=FakeGroup(), replica_rank=0, is_leader=True), device=torch.device("cpu"), is_main=is_main)
+        return run, Recorder(run, runtime, Planner(config, 1), first_step, 10)
 
     return make
 
 
 def record_of(config, step=4, skipped=(), grad_norm=2.0, updated=True):
-    plan = StepPlan(step, (0, 1, 2), Planner(config, 2).place((0, 1, 2), SHAPES))
+    plan, _ = Planner(config, 1).over(PlanData.of(SHAPES))(Cursor(step, 3 * step))
     after = Cursor(step + 1, 15, bytes(range(32)))
-    fed = SimpleNamespace(plan=plan, after=after, batch=SimpleNamespace(num_supervised=33), skipped=list(skipped), wait_s=0.5)
+    fed = SimpleNamespace(plan=plan, share=plan.replicas[0], after=after, batch=SimpleNamespace(num_supervised=33), skipped=list(skipped), wait_s=0.5)
     result = StepResult(1.25, grad_norm, updated, {"encode": 1.0, "decoder": 3.0, "encode_backward": 2.0})
     return StepRecord(fed, result, lr=0.001, step_time_s=4.0, dataset_samples=60)
 
@@ -67,23 +70,26 @@ def test_a_step_is_counted(tiny, make):
     }  # fmt: skip
     counts = ("samples", "tokens", "visual_tokens", "supervised_tokens", "padding_tokens", "skipped_samples")
     # Padding: to multiples of 16 tokens, and nothing more, as no row is empty.
-    assert [fields[name] for name in counts] == [3, 410, 12, 33, 8 + 10 + 4, 0]
-    assert fields["tokens_per_s"] == pytest.approx(410 / 4.0, abs=0.05)
+    assert [fields[name] for name in counts] == [4, 510, 12, 33, 8 + 10 + 4 + 12, 0]
+    assert fields["tokens_per_s"] == pytest.approx(510 / 4.0, abs=0.05)
     assert fields["epoch"] == 15 / 60
     assert [fields[f"{phase}_s"] for phase in PHASES] == [1.0, 1.5, 0.5, 3.5, 2.5, 0.5], "means over both ranks"
     assert fields["decoder_imbalance_measured"] == pytest.approx(4 / 3.5, abs=1e-4)
     assert fields["vision_imbalance_measured"] == pytest.approx(5 / 4, abs=1e-4)
-    assert fields["decoder_imbalance_predicted"] > 1.0
+    assert (fields["decoder_imbalance_predicted"], fields["vision_imbalance_predicted"]) == (1.5, 1.0)
     assert fields["memory_bytes"] > 1 << 20
 
 
 def test_the_ledger_names_samples_digest_and_what_was_skipped(tiny, make, capsys):
     run, recorder = make(tiny.config())
-    recorder.record(record_of(tiny.config(), skipped=[SkippedSample(1, "p7", "cut off")]))
+    record = record_of(tiny.config(), skipped=[SkippedSample(1, "p7", "cut off")])
+    recorder.record(record)
     recorder.close()
-    assert lines(run.ledger) == [
-        {"step": 4, "samples": [0, 1, 2], "digest": bytes(range(32)).hex(), "updated": True, "skipped": [{"id": "p7", "reason": "cut off"}]}
-    ]
+    (line,) = lines(run.ledger)
+    assert line == {
+        "step": 4, "samples": list(record.fed.plan.members), "digest": bytes(range(32)).hex(), "updated": True,
+        "skipped": [{"id": "p7", "reason": "cut off"}],
+    }  # fmt: skip
     assert lines(run.metrics)[0]["skipped_samples"] == 1
     assert "step 5: left out p7: cut off" in capsys.readouterr().err
 
