@@ -1,0 +1,191 @@
+"""Several data sets trained on together. `data.train` names the folder of one set, or a YAML file of several:
+
+    token_shares: {video: 0.24, image: 0.50, text: 0.26}   # of all tokens; leave out to go by repeats alone
+    sources:
+      - {name: captions, path: sets/captions}              # relative to this file
+      - {name: clips, path: /data/clips, repeats: 2}       # epochs of it, against the others
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated
+
+import numpy as np
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from megatron_keye.config.schema import DataConfig, Variant
+from megatron_keye.config.strict_yaml import parse_yaml
+from megatron_keye.contract.media import SampleShape
+from megatron_keye.data.dataset import Dataset, Shapes
+from megatron_keye.data.record import Record
+from megatron_keye.data.stored import StoredMedium
+from megatron_keye.data.tokenize import ItemLayout, TokenizedSample
+from megatron_keye.data.tokenizer import KeyeTokenizer
+from megatron_keye.errors import DataError
+from megatron_keye.plan.blend import SourceTotals, weights_by_repeats, weights_by_token_shares
+from megatron_keye.plan.mixture import Mixture, Source, fresh_mixture
+from megatron_keye.plan.step import PlanData
+from megatron_keye.plan.table import SampleTable
+
+MIXTURE_SUFFIXES = (".yaml", ".yml")
+ONLY_SOURCE = "train"
+"""Name of the one source where `data.train` is a folder."""
+
+
+class Part(BaseModel):
+    """One of the sets in a mixture file. `repeats` is how often it is gone through while a set with 1 is once; 0 leaves it out."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    name: Annotated[str, Field(min_length=1)]
+    path: str
+    repeats: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 1.0
+
+
+class TokenShares(BaseModel):
+    """Shares of all tokens: visual ones of videos and of images, and all others."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    video: Annotated[float, Field(ge=0, le=1)]
+    image: Annotated[float, Field(ge=0, le=1)]
+    text: Annotated[float, Field(ge=0, le=1)]
+
+
+class MixtureFile(BaseModel):
+    """What a mixture file holds."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    sources: Annotated[tuple[Part, ...], Field(min_length=1)]
+    token_shares: TokenShares | None = None
+
+
+class MixedDataset:
+    """The samples of several sets, numbered one set after another. All methods may be called from several threads."""
+
+    def __init__(self, names: Sequence[str], parts: Sequence[Dataset]):
+        self._names, self._parts = tuple(names), tuple(parts)
+        self._ends = np.cumsum([len(part) for part in parts])
+        self.rejected = [entry for part in parts for entry in part.rejected]
+        """(id, reason) of the samples that do not fit."""
+
+    def __len__(self) -> int:
+        return int(self._ends[-1])
+
+    @property
+    def shapes(self) -> Shapes:
+        """The shapes of all samples as a sequence, each worked out when it is asked for."""
+        return Shapes(self)
+
+    @property
+    def plan_data(self) -> PlanData:
+        """What planning reads of it: no shard is opened."""
+        tables = [part.plan_data.table for part in self._parts]
+        return PlanData(SampleTable.concatenated(tables) if len(tables) > 1 else tables[0], self.shapes)
+
+    def shape(self, sample: int) -> SampleShape:
+        part, number = self._at(sample)
+        return part.shape(number)
+
+    def layouts(self, sample: int) -> list[ItemLayout]:
+        part, number = self._at(sample)
+        return part.layouts(number)
+
+    def sample_id(self, sample: int) -> str:
+        part, number = self._at(sample)
+        return part.sample_id(number)
+
+    def task(self, sample: int) -> str | None:
+        part, number = self._at(sample)
+        return part.task(number)
+
+    def source(self, sample: int) -> str:
+        """The record's own source, else the name of its set."""
+        part, number = self._at(sample)
+        return part.source(number) or self._names[self._parts.index(part)]
+
+    def record(self, sample: int) -> Record:
+        part, number = self._at(sample)
+        return part.record(number)
+
+    def record_crc32(self, sample: int) -> int:
+        part, number = self._at(sample)
+        return part.record_crc32(number)
+
+    def tokens(self, sample: int) -> TokenizedSample:
+        part, number = self._at(sample)
+        return part.tokens(number)
+
+    def pixels(self, sample: int) -> list[np.ndarray]:
+        part, number = self._at(sample)
+        return part.pixels(number)
+
+    def stored_media(self, sample: int) -> list[StoredMedium]:
+        part, number = self._at(sample)
+        return part.stored_media(number)
+
+    @property
+    def fingerprint(self) -> str:
+        """Changes where that of a set does."""
+        return "+".join(part.fingerprint for part in self._parts)
+
+    def bytes_read(self) -> int:
+        """Bytes of shards that were read so far."""
+        return sum(part.bytes_read() for part in self._parts)
+
+    def mixture(self, weights: Sequence[int], data: DataConfig, seed: int) -> Mixture:
+        """The order in which a run that begins goes through these samples."""
+        order = data.order
+        sources = [
+            Source(name, part.fingerprint, len(part), max(1, order.block_bytes // max(1, part.mean_sample_bytes)))
+            for name, part in zip(self._names, self._parts, strict=True)
+        ]
+        return fresh_mixture(sources, weights, seed, order.blocks_per_window)
+
+    def _at(self, sample: int) -> tuple[Dataset, int]:
+        """The set that has a sample, and its number there."""
+        part = int(np.searchsorted(self._ends, sample, side="right"))
+        return self._parts[part], sample - (int(self._ends[part - 1]) if part else 0)
+
+
+def open_training_set(data: DataConfig, tokenizer: KeyeTokenizer, variant: Variant) -> tuple[MixedDataset, tuple[int, ...]]:
+    """What `data.train` names, and the weight of each source in it.
+
+    Raises DataError for a mixture file that cannot be used, and as `Dataset.open` does; PlanError where no weights give the token shares.
+    """
+    wanted = read_mixture(Path(data.train))
+    parts = [Dataset.open(part.path, tokenizer, variant, data) for part in wanted.sources]
+    totals = [
+        SourceTotals(source.name, len(part), part.tokens_by_modality()) for source, part in zip(wanted.sources, parts, strict=True)
+    ]
+    repeats = [part.repeats for part in wanted.sources]
+    if wanted.token_shares is None:
+        weights = weights_by_repeats(totals, repeats)
+    else:
+        shares = wanted.token_shares
+        weights = weights_by_token_shares(totals, (shares.video, shares.image, shares.text), repeats)
+    return MixedDataset([part.name for part in wanted.sources], parts), weights
+
+
+def read_mixture(path: Path) -> MixtureFile:
+    """The mixture in a YAML file, its paths made relative to where the program runs; of one source where `path` is no YAML file.
+
+    Raises DataError, with every problem.
+    """
+    if path.suffix not in MIXTURE_SUFFIXES:
+        return MixtureFile(sources=(Part(name=ONLY_SOURCE, path=str(path)),))
+    try:
+        found = MixtureFile.model_validate(parse_yaml(path.read_text(encoding="utf-8")))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise DataError(f"the mixture {path} cannot be read: {' '.join(str(error).split())}") from error
+    except ValidationError as error:
+        problems = "; ".join(f"{'.'.join(map(str, problem['loc'])) or 'it'}: {problem['msg']}" for problem in error.errors())
+        raise DataError(f"the mixture {path} is not one: {problems}; see megatron_keye/data/mixture.py for an example") from error
+    names = [part.name for part in found.sources]
+    repeated = sorted({name for name in names if names.count(name) > 1})
+    if repeated:
+        raise DataError(f"the mixture {path} has several sources called {', '.join(repeated)}; give each a name of its own")
+    sources = tuple(part.model_copy(update={"path": str(path.parent / part.path)}) for part in found.sources)
+    return found.model_copy(update={"sources": sources})
