@@ -213,6 +213,8 @@ class DataConfig(Section):
     """Samples of one optimizer step."""
     lookahead: LookaheadConfig = LookaheadConfig()
     order: OrderConfig = OrderConfig()
+    cost_file: str | None = None
+    """Times measured by `keye calibrate`, which placement then goes by in place of FLOPs. Which samples a step holds stays the same."""
     image: ImageConfig = ImageConfig()
     video: VideoConfig = VideoConfig()
     prefetch_steps: NonNegative = 2

@@ -9,6 +9,8 @@ from megatron_keye.plan.spread import SPEED_BASE
 
 SPEED_STEP = 50
 """Speeds are told in multiples of this, so that noise does not change them."""
+LEAST_SHARE = 0.5
+"""Of the median rank's work: in a step with less, a rank's time says more of what is not in the prediction."""
 LEAST_SPEED, GREATEST_SPEED = 250, 2000
 
 
@@ -21,17 +23,26 @@ def drift(measured: np.ndarray, predicted: np.ndarray) -> float:
 
 
 def rank_speeds(measured: np.ndarray, predicted: np.ndarray) -> tuple[int, ...]:
-    """How fast each rank is, per mille of the median rank: the median over its steps with work, quantized; 1000 without any.
+    """How fast each rank is, per mille of the median rank: the median over its steps with enough work, quantized; 1000 without any.
 
     The unit of `predicted` does not matter.
     """
-    busy = (predicted > 0) & (measured > 0)
-    rates = np.where(busy, predicted, np.nan) / np.where(busy, measured, 1.0)
+    relative = np.array([_relative_rates(*step) for step in zip(measured, predicted, strict=True)])
     speeds = []
-    relative = np.array([row / np.nanmedian(row) if np.isfinite(row).any() else row for row in rates])
     for rank in range(measured.shape[1]):
-        known = relative[np.isfinite(relative[:, rank]), rank]
+        known = relative[~np.isnan(relative[:, rank]), rank]
         speed = SPEED_BASE * float(np.median(known)) if len(known) else SPEED_BASE
         quantized = round(speed / SPEED_STEP) * SPEED_STEP
         speeds.append(min(max(quantized, LEAST_SPEED), GREATEST_SPEED))
     return tuple(speeds)
+
+
+def _relative_rates(measured: np.ndarray, predicted: np.ndarray) -> np.ndarray:
+    """Work per time in one step, relative to the median rank, float64 [ranks]; nan where a rank had too little work to tell."""
+    rates = np.full(len(measured), np.nan)
+    busy = (predicted > 0) & (measured > 0)
+    if busy.any():
+        busy &= predicted >= LEAST_SHARE * np.median(predicted[busy])
+        rates[busy] = predicted[busy] / measured[busy]
+        rates /= np.median(rates[busy])
+    return rates

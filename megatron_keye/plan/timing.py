@@ -2,8 +2,8 @@
 
     time = tokens * a + pairs * b + items * c + sequences * d
 
-once for each part of a step: the ViT forward and backward (with the projector, whose tokens are a quarter of the patches), the
-decoder forward and backward. Coefficients are those of one machine and one layout.
+once for each part of a step: the ViT forward and backward (with the projector, whose tokens are a quarter of the patches), and the
+decoder, whose passes a pipeline interleaves, as a whole. Coefficients are those of one machine and one layout.
 """
 
 from collections.abc import Sequence
@@ -18,7 +18,7 @@ from megatron_keye.plan.cost import CostModel
 from megatron_keye.plan.types import ReplicaPlan, Row
 
 PS_PER_S = 10**12
-PARTS = ("vision_forward", "vision_backward", "decoder_forward", "decoder_backward")
+PARTS = ("vision_forward", "vision_backward", "decoder", "decoder_forward")
 
 _FIT_STEPS = 50
 _HALVINGS = 20
@@ -74,20 +74,17 @@ NO_TIME = Coefficients(0, 0, 0, 0)
 
 @dataclass(frozen=True, slots=True)
 class TimeModel:
-    """Coefficients of all parts. The decoder's are for one row on one rank, all of its model chunks together."""
+    """Coefficients of all parts. The decoder's are for one row on one rank, all of its model chunks together: `decoder` forward and
+    backward, `decoder_forward` without gradients."""
 
     vision_forward: Coefficients
     vision_backward: Coefficients
+    decoder: Coefficients
     decoder_forward: Coefficients
-    decoder_backward: Coefficients
 
     @property
     def vision(self) -> Coefficients:
         return self.vision_forward.plus(self.vision_backward)
-
-    @property
-    def decoder(self) -> Coefficients:
-        return self.decoder_forward.plus(self.decoder_backward)
 
     def cost_model(self, num_encoders: int) -> CostModel:
         """What placement goes by: picoseconds of a replica's ranks, `num_encoders` of which share its images and all of which wait

@@ -11,6 +11,7 @@ from megatron_keye.plan.blend import CYCLE
 from megatron_keye.plan.cursor import Cursor
 from megatron_keye.plan.mixture import Source
 from megatron_keye.plan.types import ReplicaPlan
+from megatron_keye.train.calibration import open_calibration
 from megatron_keye.train.placement import Planner
 
 
@@ -86,9 +87,10 @@ def _first_plan(config: RunConfig, processes: int) -> str:
         tokenizer = load_tokenizer(config.data.tokenizer, config.model.variant)
         dataset, weights = open_training_set(config.data, tokenizer, config.model.variant)
         mixture = dataset.mixture(weights, config.data, config.train.seed)
+        calibration = open_calibration(config)
     except KeyeError as error:
         return f"first step: cannot be planned here: {error}"
-    planner = Planner(config, num_replicas(config, processes))
+    planner = Planner(config, num_replicas(config, processes), None if calibration is None else calibration.time_model)
     plan, _ = planner.over(dataset.plan_data, mixture.order())(Cursor())
     loads = planner.loads(plan.replicas)
     lines = [

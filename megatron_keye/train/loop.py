@@ -23,6 +23,7 @@ from megatron_keye.plan.mixture import Mixture
 from megatron_keye.plan.order import Order
 from megatron_keye.train import checkpointing
 from megatron_keye.train.build import build_model, build_optimizer
+from megatron_keye.train.calibration import COSTS, FLOPS, costs_version, open_calibration, require_same_device, require_same_everywhere
 from megatron_keye.train.consensus import failing_together, said_once
 from megatron_keye.train.control import Control
 from megatron_keye.train.feed import FedStep, Feed
@@ -91,11 +92,15 @@ class Training:
         self.control = Control(run_dir, runtime.groups, runtime.device)
         with failing_together(runtime.groups.world, runtime.device):
             self.inputs = open_inputs(config)
+            self.calibration = open_calibration(config)
+            require_same_device(self.calibration, runtime.device.type)
             self._loading = self._start_loading() if runtime.groups.is_leader else None
         with said_once(runtime.groups.world, runtime.device):
+            require_same_everywhere(self.calibration, runtime.groups.world)
             self.model = build_model(config, runtime.groups, runtime.device)
         self.step = TrainStep(self.model, build_optimizer(self.model))
-        self.planner = Planner(config, runtime.groups.grid.dp)
+        times = None if self.calibration is None else self.calibration.time_model
+        self.planner = Planner(config, runtime.groups.grid.dp, times)
         self.mixture = self.inputs.mixture
         self._loaded_notes: list[str] = []
 
@@ -192,6 +197,8 @@ class Training:
         self._loaded_notes = [f"passed over a damaged checkpoint: {problem}" for problem in loaded.passed_over]
         if loaded.fresh_moments:
             self._loaded_notes.append(f"newly trained, with fresh optimizer state: {', '.join(loaded.fresh_moments)}")
+        if loaded.run.versions.get(COSTS, FLOPS) != costs_version(self.calibration):
+            self._loaded_notes.append("placement goes by other costs than before the checkpoint; the samples of each step stay the same")
         state = ResumeState.from_json(loaded.run.resume_state).going_on(self.mixture)
         self.mixture = state.mixture
         return state.cursor
@@ -199,7 +206,7 @@ class Training:
     def _save(self, cursor: Cursor) -> None:
         self._heartbeat(cursor, "save")
         state = ResumeState(cursor, self.mixture.since(cursor.progress.base))
-        versions = {"megatron_keye": megatron_keye.__version__, "torch": torch.__version__}
+        versions = {"megatron_keye": megatron_keye.__version__, "torch": torch.__version__, COSTS: costs_version(self.calibration)}
         record = RunRecord(cursor.step, state.to_json(), dump_config(self.config), cursor.ledger.hex(), versions)
         keep = self.config.train.keep_checkpoints
         fingerprint = self.inputs.tokenizer.fingerprint

@@ -19,6 +19,7 @@ from megatron_keye.plan.step import (
     predicted_loads,
     replicate_tasks,
 )
+from megatron_keye.plan.timing import PS_PER_S, TimeModel
 from megatron_keye.plan.types import ReplicaPlan, Replicas, StepPlan
 
 PlanAt = Callable[[Cursor], tuple[StepPlan, Cursor]]
@@ -40,10 +41,10 @@ def encoder_ranks(config: RunConfig) -> tuple[int, ...]:
     }[config.encode.placement]
 
 
-def plan_settings(config: RunConfig, num_replicas: int) -> PlanSettings:
-    """The planner's view of a run. Its costs are FLOPs of the model, never measured, since they decide about membership too."""
-    cost = cost_model(config.model)
-    ahead = config.data.lookahead
+def plan_settings(config: RunConfig, num_replicas: int, times: TimeModel | None = None) -> PlanSettings:
+    """The planner's view of a run. Placement goes by measured `times` where there are any; membership always by FLOPs of the model."""
+    flops = cost_model(config.model)
+    ahead, encoders = config.data.lookahead, encoder_ranks(config)
     return PlanSettings(
         seed=config.train.seed,
         global_batch_samples=config.data.global_batch_samples,
@@ -51,18 +52,18 @@ def plan_settings(config: RunConfig, num_replicas: int) -> PlanSettings:
         pad_multiple_tokens=config.data.pad_multiple_tokens,
         patches_per_round=config.encode.patches_per_round,
         num_replicas=num_replicas,
-        encoders=encoder_ranks(config),
+        encoders=encoders,
         microbatch_multiple=config.parallel.pp if config.parallel.vp > 1 else 1,
-        cost=cost,
-        lookahead=Lookahead(ahead.batches, ahead.canonical_replicas, ahead.growth_percent, cost),
+        cost=flops if times is None else times.cost_model(len(encoders)),
+        lookahead=Lookahead(ahead.batches, ahead.canonical_replicas, ahead.growth_percent, flops),
     )
 
 
 class Planner:
     """The planner with a run's settings filled in."""
 
-    def __init__(self, config: RunConfig, num_replicas: int):
-        self._settings = plan_settings(config, num_replicas)
+    def __init__(self, config: RunConfig, num_replicas: int, times: TimeModel | None = None):
+        self._settings, self._times, self._parallel = plan_settings(config, num_replicas, times), times, config.parallel
         self._replicate_over = encoder_copies(config)
         self.encoders = self._replicate_over or self._settings.encoders
         """Places within a replica of the ranks that encode, as `loads` lists them."""
@@ -84,6 +85,13 @@ class Planner:
     def loads(self, replicas: Sequence[ReplicaPlan]) -> PredictedLoads:
         """What the cost model says of replicas planned here, over the ranks that encode in them."""
         return predicted_loads(replicas, replace(self._settings, encoders=self.encoders))
+
+    def predicted_s(self, share: ReplicaPlan, replica_rank: int) -> tuple[float, float]:
+        """Seconds of the ViT on a rank of this replica, and of the replica's decoder; 0 where times were not measured."""
+        if self._times is None:
+            return 0.0, 0.0
+        decoder_ps = self._times.decode_ps(share, self._parallel.pp, self._parallel.vp)
+        return self._times.encode_ps(share, replica_rank) / PS_PER_S, decoder_ps / PS_PER_S
 
     def _replicated(self, replicas: Replicas) -> Replicas:
         return replicas.mapped(lambda replica: replicate_tasks(replica, self._replicate_over)) if self._replicate_over else replicas

@@ -16,14 +16,18 @@ from torch.utils.tensorboard import SummaryWriter
 from megatron_keye.plan.balance import imbalance
 from megatron_keye.plan.types import ReplicaPlan
 from megatron_keye.train.feed import FedStep
+from megatron_keye.train.pace import Pace
 from megatron_keye.train.placement import Planner
 from megatron_keye.train.run_dir import JsonLines, RunDir
 from megatron_keye.train.runtime import Runtime
 from megatron_keye.train.step import StepResult
 
-PHASES = ("data_wait", "encode", "route", "decoder", "encode_backward", "optimizer")
+PHASES = ("data_wait", "encode", "route", "decoder", "encode_backward", "gradients", "optimizer")
 LOADS = ("decoder_load", "vision_load")
-"""FLOPs that the planner predicts: of this rank's replica, and of what this rank encodes; NaN where it encodes nothing, ever."""
+"""What the planner goes by, FLOPs or measured times: of this rank's replica, and of what this rank encodes; NaN where it encodes
+nothing, ever."""
+PREDICTED = ("vision_predicted_s", "decoder_predicted_s")
+"""By measured times: what this rank encodes, and the decoder of its replica; 0 without such times."""
 COUNTS = ("tokens", "visual_tokens", "padding_tokens")
 """Of the replica, as its leader counts them; 0 on its other ranks."""
 LOG_EVERY_S = 15.0
@@ -46,6 +50,7 @@ class Recorder:
     def __init__(self, run_dir: RunDir, runtime: Runtime, planner: Planner, first_step: int, num_steps: int):
         self._runtime, self._planner, self._num_steps = runtime, planner, num_steps
         self._metrics, self._ledger, self._validation = (JsonLines(p) for p in (run_dir.metrics, run_dir.ledger, run_dir.validation))
+        self._pace = Pace()
         self._board = self._progress = None
         self._last_log_s = -math.inf
         if runtime.is_main:
@@ -61,14 +66,15 @@ class Recorder:
     def record(self, record: StepRecord) -> None:
         fed = record.fed
         values = {**record.result.phase_s, "data_wait": fed.wait_s, **self._loads(fed.share), **self._counts(fed.share)}
-        mine = [values.get(name, 0.0) for name in (*PHASES, *LOADS, *COUNTS)]
+        names = (*PHASES, *LOADS, *PREDICTED, *COUNTS)
+        mine = [values.get(name, 0.0) for name in names]
         mine = torch.tensor(mine, dtype=torch.float64, device=self._runtime.device)
         world = self._runtime.groups.world
         every = [torch.empty_like(mine) for _ in range(world.size())]
         dist.all_gather(every, mine, group=world)
         if self._runtime.is_main:
             columns = torch.stack(every, dim=1).tolist()
-            self._write(record, dict(zip((*PHASES, *LOADS, *COUNTS), columns, strict=True)))
+            self._write(record, dict(zip(names, columns, strict=True)))
 
     def say(self, message: str) -> None:
         """One line for people, from the main rank only."""
@@ -98,7 +104,7 @@ class Recorder:
             "supervised_tokens": record.fed.batch.num_supervised, **{name: int(sum(by_rank[name])) for name in COUNTS},
             "step_time_s": round(record.step_time_s, 5),
             **{f"{name}_s": round(fmean(by_rank[name]), 5) for name in PHASES},
-            **_balance(by_rank), "memory_bytes": _memory_bytes(self._runtime.device),
+            **_balance(by_rank), **self._pace.observe(by_rank), "memory_bytes": _memory_bytes(self._runtime.device),
             "epoch": record.fed.after.position / record.dataset_samples,
         }  # fmt: skip
         fields["tokens_per_s"] = round(fields["tokens"] / record.step_time_s, 1)
@@ -111,6 +117,8 @@ class Recorder:
         for name, value in fields.items():
             if name not in ("step", "updated"):
                 self._board.add_scalar(f"train/{name}", value, plan.step)
+        for remark in self._pace.remarks():
+            self.say(f"step {plan.step + 1}: {remark}")
         self._remark(record)
         self._show(fields)
 
@@ -126,7 +134,9 @@ class Recorder:
         """What the planner's own function says of this rank."""
         loads = self._planner.loads([share])
         vision = dict(zip(self._planner.encoders, loads.vision[0], strict=True))
-        return dict(zip(LOADS, (loads.decoder[0], vision.get(self._runtime.groups.replica_rank, math.nan)), strict=True))
+        rank = self._runtime.groups.replica_rank
+        predicted = (loads.decoder[0], vision.get(rank, math.nan), *self._planner.predicted_s(share, rank))
+        return dict(zip((*LOADS, *PREDICTED), predicted, strict=True))
 
     def _counts(self, share: ReplicaPlan) -> dict[str, int]:
         if not self._runtime.groups.is_leader:

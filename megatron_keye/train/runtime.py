@@ -54,7 +54,12 @@ def start(config: RunConfig) -> Runtime:
         dist.init_process_group(backend, timeout=timeout)
     else:
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
-    groups = build_groups(rank_grid(config, num_replicas(config, world_size)))
+    return of_started_world(config, device)
+
+
+def of_started_world(config: RunConfig, device: torch.device) -> Runtime:
+    """Build all groups in a world that was joined already."""
+    groups = build_groups(rank_grid(config, num_replicas(config, dist.get_world_size())))
     prepare_megatron(groups, config.train.seed)
     return Runtime(groups, device)
 

@@ -69,12 +69,13 @@ class TrainStep:
         self.timer.start()
         for module in (*self.model.chunks_ddp, *self._encoder_ddp()):
             module.zero_grad_buffer()
+        self.timer.lap("gradients")
         slab = self.encode.forward(batch.rounds, batch.route, self.model.device)
         leaves = [part.requires_grad_(self.encode.trainable) for part in slab.split(list(batch.route.slab_counts))]
         loss_sum = self._decode(batch, leaves, forward_only=False)
         self.timer.lap("decoder")
         self._encode_backward(batch, leaves)
-        self.timer.lap("encode_backward")
+        self.timer.lap("gradients")
         self._divide(max(batch.num_supervised, 1))
         return self._global_loss(loss_sum, batch.num_supervised)
 
@@ -145,9 +146,12 @@ class TrainStep:
 
     def _finalize(self, chunks, num_tokens, *, pg_collection, force_all_reduce=False) -> None:
         """Called by the schedule: reduce the decoder's gradients as sums. The division comes once, in `_divide`; Megatron's
-        own, by a float32 reciprocal, would differ between layouts by 1e-8."""
+        own, by a float32 reciprocal, would differ between layouts by 1e-8. Replicas wait for each other here, which is none of the
+        decoder's own time."""
+        self.timer.lap("decoder")
         if self.model.chunks_ddp:
             finalize_model_grads(chunks, None, pg_collection=pg_collection, force_all_reduce=force_all_reduce)
+        self.timer.lap("gradients")
 
     def _divide(self, num_supervised: int) -> None:
         for module in (*self.model.chunks_ddp, *self._encoder_ddp()):

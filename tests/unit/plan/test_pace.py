@@ -44,3 +44,10 @@ def test_speeds_are_quantized_and_bounded(factors):
     for speed in rank_speeds(predicted / np.array(factors), predicted):
         assert LEAST_SPEED <= speed <= GREATEST_SPEED
         assert speed % SPEED_STEP == 0
+
+
+def test_little_work_does_not_make_a_rank_slow():
+    predicted = np.ones((5, 4))
+    predicted[:, 3] = 0.1
+    measured = predicted + 0.5
+    assert rank_speeds(measured, predicted) == (1000,) * 4

@@ -52,7 +52,7 @@ def test_rounds_are_the_vit_s_sequences():
 
 
 PART = Coefficients(1000, 7, 500, 90_000)
-MODEL = TimeModel(PART, Coefficients(2000, 0, 0, 0), Coefficients(300, 3, 40, 5000), Coefficients(600, 5, 0, 1000))
+MODEL = TimeModel(PART, Coefficients(2000, 0, 0, 0), Coefficients(900, 8, 40, 6000), Coefficients(300, 3, 40, 5000))
 
 
 def test_predictions_are_sums_over_the_parts():

@@ -13,7 +13,7 @@ from megatron_keye.plan.cursor import Cursor
 from megatron_keye.plan.step import PlanData
 from megatron_keye.train import recorder as recorder_module
 from megatron_keye.train.placement import Planner
-from megatron_keye.train.recorder import COUNTS, PHASES, Recorder, StepRecord
+from megatron_keye.train.recorder import COUNTS, PHASES, PREDICTED, Recorder, StepRecord
 from megatron_keye.train.run_dir import RunDir
 from megatron_keye.train.step import StepResult
 
@@ -34,7 +34,7 @@ def make(tmp_path, monkeypatch):
         every[0].copy_(mine)
         phases = mine[: len(PHASES)] + 1.0
         decoder_load = 3 * mine[len(PHASES)]
-        every[1].copy_(torch.tensor([*phases, decoder_load, math.nan, *[0.0] * len(COUNTS)]))
+        every[1].copy_(torch.tensor([*phases, decoder_load, math.nan, *[0.0] * len((*PREDICTED, *COUNTS))]))
 
     monkeypatch.setattr(recorder_module.dist, "all_gather", all_gather)
     run = RunDir(tmp_path)
@@ -73,7 +73,7 @@ def test_a_step_is_counted(tiny, make):
     assert [fields[name] for name in counts] == [4, 510, 12, 33, 8 + 10 + 4 + 12, 0]
     assert fields["tokens_per_s"] == pytest.approx(510 / 4.0, abs=0.05)
     assert fields["epoch"] == 15 / 60
-    assert [fields[f"{phase}_s"] for phase in PHASES] == [1.0, 1.5, 0.5, 3.5, 2.5, 0.5], "means over both ranks"
+    assert [fields[f"{phase}_s"] for phase in PHASES] == [1.0, 1.5, 0.5, 3.5, 2.5, 0.5, 0.5], "means over both ranks"
     assert fields["decoder_imbalance_measured"] == pytest.approx(4 / 3.5, abs=1e-4)
     assert fields["vision_imbalance_measured"] == pytest.approx(5 / 4, abs=1e-4)
     assert (fields["decoder_imbalance_predicted"], fields["vision_imbalance_predicted"]) == (1.5, 1.0)
