@@ -30,7 +30,7 @@ class RunRecord:
     settings: str
     """The run's settings as YAML."""
     ledger: str
-    """Hash chain over all samples so far, hexadecimal."""
+    """The chain of the ledger's last line before it, hexadecimal."""
     versions: dict[str, str]
 
 

@@ -196,6 +196,15 @@ class OrderConfig(Section):
     blocks_per_window: Positive = 16
 
 
+class BadSampleBudget(Section):
+    """Samples of one source that a run may leave out, over all its restarts, before it stops: as many as either limit allows. A
+    source of which nothing can be read stops it at once."""
+
+    max_count: NonNegative = 100
+    max_fraction: Fraction = 0.001
+    """Of the samples that were taken from the source."""
+
+
 class DataConfig(Section):
     """Where samples come from and how they fill steps."""
 
@@ -226,8 +235,8 @@ class DataConfig(Section):
     loader: LoaderConfig = LoaderConfig()
     media: MediaConfig = MediaConfig()
     bad_sample: Literal["stop", "skip"] = "stop"
-    """What a sample that cannot be decoded does: stop the run, or count as an empty slot in the ledger."""
-    max_skipped_samples: NonNegative = 100
+    """What a sample that cannot be read does: stop the run, or leave its slot empty, with its reason in the ledger."""
+    bad_sample_budget: BadSampleBudget = BadSampleBudget()
 
 
 class LearningRateScale(Section):

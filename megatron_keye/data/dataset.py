@@ -3,6 +3,7 @@
 import hashlib
 import json
 import zlib
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict
 from functools import lru_cache
@@ -111,6 +112,10 @@ class Dataset:
 
     def source(self, sample: int) -> str | None:
         return self._index.source(self._number(sample))
+
+    def source_sizes(self, unnamed: str) -> Counter[str]:
+        """Samples of each source; those that name none are of the source `unnamed`."""
+        return self._index.source_sizes(self._usable, unnamed)
 
     def record_crc32(self, sample: int) -> int:
         """Checksum of the record's JSON, which holds the SHA-256 of each of its media."""

@@ -5,6 +5,7 @@ Planning reads nothing else: text token counts, native sizes, slow-fast tags, an
 
 import hashlib
 import json
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -147,6 +148,15 @@ class Index:
 
     def source(self, sample: int) -> str | None:
         return self._listed("sources", "source", sample)
+
+    def source_sizes(self, samples: np.ndarray, unnamed: str) -> Counter[str]:
+        """Samples of each source among `samples`, int64 [n]; those that name none are of the source `unnamed`."""
+        numbers, counts = np.unique(self._tables["samples"]["source"][samples], return_counts=True)
+        names = (unnamed if number < 0 else self._meta["sources"][number] for number in numbers.tolist())
+        sizes: Counter[str] = Counter()
+        for name, count in zip(names, counts.tolist(), strict=True):
+            sizes[name] += count
+        return sizes
 
     def supervised_tokens(self, sample: int) -> int:
         return int(self._tables["samples"]["supervised_tokens"][sample])

@@ -6,6 +6,7 @@
       - {name: clips, path: /data/clips, repeats: 2}       # epochs of it, against the others
 """
 
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
@@ -105,6 +106,10 @@ class MixedDataset:
         """The record's own source, else the name of its set."""
         part, number = self._at(sample)
         return part.source(number) or self._names[self._parts.index(part)]
+
+    def source_sizes(self) -> Counter[str]:
+        """Samples of each source."""
+        return sum((part.source_sizes(name) for name, part in zip(self._names, self._parts, strict=True)), Counter())
 
     def record(self, sample: int) -> Record:
         part, number = self._at(sample)

@@ -6,16 +6,17 @@ other fields, so no line can be changed, moved or left out without a trace. A ch
 """
 
 import hashlib
-from collections.abc import Iterable, Sequence
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from itertools import groupby
 from typing import Annotated, Literal
 
-import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
 from megatron_keye.errors import LedgerError
 from megatron_keye.plan.lookahead import Lookahead
-from megatron_keye.plan.order import ShuffledOrder
+from megatron_keye.plan.mixture import Mixture
 
 CHAIN_START = bytes(32).hex()
 """The chain before the first line of a run."""
@@ -32,31 +33,18 @@ class Entry(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
 
 
-class ShuffledRecord(Entry):
-    """What `ShuffledOrder` is made of."""
-
-    kind: Literal["shuffled"] = "shuffled"
-    num_samples: Annotated[int, Field(gt=0)]
-    seed: int
-
-    def samples(self, positions: np.ndarray) -> np.ndarray:
-        """The samples at `positions`, int64 [n]."""
-        return ShuffledOrder(self.num_samples, self.seed)(positions)
-
-    def epochs(self, positions: np.ndarray) -> np.ndarray:
-        """The epoch of each of `positions`, from 0 on, int64 [n]."""
-        return positions // self.num_samples
-
-
 class Rules(Entry):
     """All that decides which samples a step takes, besides the steps before it."""
 
-    dataset: str
-    """Fingerprint."""
-    order: ShuffledRecord
+    mixture: Mixture
+    """The order: sources with their fingerprints, and weights since position `mixture.stages[0].position`."""
     global_batch_samples: Annotated[int, Field(gt=0)]
     lookahead: Lookahead
     plan_version: int
+
+    def since(self, position: int) -> "Rules":
+        """The same rules for steps that take positions from `position` on."""
+        return self.model_copy(update={"mixture": self.mixture.since(position)})
 
 
 class SegmentLine(Entry):
@@ -83,6 +71,19 @@ class Skipped(Entry):
     reason: str
 
 
+@dataclass
+class SourceCounts:
+    """Samples that a run has taken, and those of them that could not be read, by source."""
+
+    taken: Counter[str] = field(default_factory=Counter)
+    bad: Counter[str] = field(default_factory=Counter)
+
+    def add(self, taken: Mapping[str, int], skipped: Iterable[Skipped]) -> None:
+        """Count one step more."""
+        self.taken.update(taken)
+        self.bad.update(sample.source for sample in skipped)
+
+
 class StepLine(Entry):
     """What one step took. `samples`, `ids` and `crc32` have one entry per slot, in plan order."""
 
@@ -91,7 +92,7 @@ class StepLine(Entry):
     positions: Runs
     """Of the slots, as (first, count)."""
     epochs: Runs
-    """Of the slots, as (epoch, count)."""
+    """Of the slots, as (epoch, count): how often the sample's source had been gone through before."""
     samples: tuple[Count, ...]
     """Numbers in the dataset."""
     ids: tuple[str, ...]

@@ -2,15 +2,16 @@
 differ. Lines stream through; what is kept are the positions of open lookahead windows."""
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import chain, takewhile, zip_longest
 
 import numpy as np
 
-from megatron_keye.errors import LedgerError
+from megatron_keye.errors import LedgerError, PlanError
 from megatron_keye.plan.digest import LEDGER_START, ledger_digest
 from megatron_keye.plan.ledger import CHAIN_START, Line, Rules, SegmentLine, StepLine, chained
-from megatron_keye.plan.windows import Progress, num_left
+from megatron_keye.plan.mixture import Mixture, continued
+from megatron_keye.plan.windows import Progress
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,9 +65,8 @@ class Proof:
     """Takes the lines of a run one after another, each checked against all before it."""
 
     def __init__(self) -> None:
-        self.steps = self.segments = self.num_skipped = 0
-        self.epoch = 0
-        """The highest that a sample was taken in."""
+        self.steps = self.segments = self.epochs = self.num_skipped = 0
+        self.agreeing: list[SavedPoint] = []
         self.taken = TakenPositions()
         self.digest, self.chain = LEDGER_START.hex(), CHAIN_START
         self._rules: Rules | None = None
@@ -79,12 +79,7 @@ class Proof:
     @property
     def open_positions(self) -> list[int]:
         """What lookahead windows in progress have left for later steps."""
-        return self.taken.missing(self._opened_end)
-
-    @property
-    def _opened_end(self) -> int:
-        """Where the positions end that were taken or stand in a window in progress."""
-        return self._progress.position + num_left(self._progress.stretches)
+        return self.taken.missing(self._progress.frontier)
 
     def take(self, line: Line) -> None:
         """Raises LedgerError, with the first thing that is wrong with the line."""
@@ -107,17 +102,28 @@ class Proof:
                     f"after {self.steps} steps the ledger's {name} is {here[:12]}..., that of checkpoint {saved.name} is {there[:12]}...: "
                     "they are not of one run, or one was changed"
                 )
+        self.agreeing.append(saved)
 
     def _take_segment(self, line: SegmentLine) -> None:
         found, expected = (line.position, line.digest, line.after), (self.num_samples, self.digest, self.chain)
         for name, value, wanted in zip(("position", "digest", "after"), found, expected, strict=True):
             if value != wanted:
                 raise LedgerError(f"its {name} is {value}, the lines before it give {wanted}: it does not go on where they end")
-        before = self._rules
-        if before is not None and (line.rules.dataset, line.rules.order) != (before.dataset, before.order):
-            raise LedgerError("it changes the dataset or its order, and with them what a position means; expected those of before")
+        if self._rules is not None:
+            self._check_mixture(self._rules.mixture, line.rules.mixture)
         self._rules = line.rules
+        self._order = line.rules.mixture.order()
         self.segments += 1
+
+    def _check_mixture(self, before: Mixture, now: Mixture) -> None:
+        """Positions mean what they did, and each source goes on in its own order from the place that it had reached."""
+        wanted = replace(now, stages=now.stages[-1:])
+        try:
+            expected = continued(before, wanted, self._progress.frontier).since(self._progress.base)
+        except PlanError as error:
+            raise LedgerError(f"its mixture does not go on with the one before: {error}") from error
+        if now != expected:
+            raise LedgerError(f"the stages of its mixture are {now.stages}, those of the one before give {expected.stages}")
 
     def _take_step(self, line: StepLine) -> None:
         if self._rules is None:
@@ -125,15 +131,14 @@ class Proof:
         self._check_slots(line, self._rules)
         self._check_positions(line, self._rules)
         positions = np.array(line.slot_positions, np.int64)
-        order = self._rules.order
-        _check_equal("samples", line.samples, order.samples(positions).tolist(), "the order gives")
-        _check_equal("epochs", line.slot_epochs, order.epochs(positions).tolist(), "its positions give")
+        _check_equal("samples", line.samples, self._order(positions).tolist(), "the order gives")
+        _check_equal("epochs", line.slot_epochs, self._rules.mixture.epochs(self._order, positions).tolist(), "its positions give")
         digest = ledger_digest(bytes.fromhex(self.digest), line.samples).hex()
         if line.digest != digest:
             raise LedgerError(f"its digest is {line.digest[:12]}..., its samples and the step before give {digest[:12]}...")
         self.digest, self.steps = digest, self.steps + 1
         self.num_skipped += len(line.skipped)
-        self.epoch = max([self.epoch, *line.slot_epochs])
+        self.epochs = max([self.epochs, *(epoch + 1 for epoch, _ in line.epochs)])
 
     def _check_slots(self, line: StepLine, rules: Rules) -> None:
         counts = {
@@ -157,7 +162,7 @@ class Proof:
         if repeated is not None:
             raise LedgerError(f"it takes position {repeated}, which was taken before")
         self._progress = self._progress.under(rules.global_batch_samples, rules.lookahead).after_step()
-        end = self._opened_end
+        end = self._progress.frontier
         if self.taken.end > end:
             first = self.taken.missing(end)[0]
             raise LedgerError(

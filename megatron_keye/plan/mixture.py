@@ -50,9 +50,9 @@ class Mixture:
         ]
         return BlendedOrder(orders, [(stage.position, self._blend(stage)) for stage in self.stages])
 
-    def epochs(self, positions: np.ndarray) -> np.ndarray:
-        """int64 [n]: how often the source of each position was gone through before it."""
-        sources, places = self.order().places(positions)
+    def epochs(self, order: BlendedOrder, positions: np.ndarray) -> np.ndarray:
+        """int64 [n]: how often the source of each position was gone through before it; `order` is this mixture's."""
+        sources, places = order.places(positions)
         return places // np.array([source.num_samples for source in self.sources])[sources]
 
     def with_weights(self, weights: Sequence[int], frontier: int) -> "Mixture":

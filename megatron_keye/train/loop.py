@@ -4,8 +4,8 @@ A step is committed by the checkpoint that holds its weights together with the c
 run, the next start goes on with the sample after the last one that is in the weights.
 """
 
-import math
 import time
+from collections import Counter
 from dataclasses import dataclass
 
 import torch
@@ -17,23 +17,26 @@ from megatron_keye.config.schema import RunConfig
 from megatron_keye.data.dataset import Dataset
 from megatron_keye.data.mixture import MixedDataset, open_training_set
 from megatron_keye.data.tokenizer import KeyeTokenizer, load_tokenizer
-from megatron_keye.errors import DataError, NumericError, SettingsError
+from megatron_keye.errors import SettingsError
 from megatron_keye.plan.cursor import Cursor, ResumeState
+from megatron_keye.plan.ledger import CHAIN_START, SourceCounts
 from megatron_keye.plan.mixture import Mixture
 from megatron_keye.plan.order import Order
 from megatron_keye.train import checkpointing
 from megatron_keye.train.build import build_model, build_optimizer
 from megatron_keye.train.calibration import COSTS, FLOPS, costs_version, open_calibration, require_same_device, require_same_everywhere
-from megatron_keye.train.consensus import failing_together, said_once
+from megatron_keye.train.consensus import failing_together, from_all_ranks, said_once
 from megatron_keye.train.control import Control
-from megatron_keye.train.feed import FedStep, Feed
+from megatron_keye.train.feed import Feed
+from megatron_keye.train.ledger import LedgerWriter, left_out, rules_of
+from megatron_keye.train.limits import BadSamples, FiniteSteps
 from megatron_keye.train.loading import Loading
 from megatron_keye.train.placement import Planner
 from megatron_keye.train.recorder import Recorder, StepRecord
 from megatron_keye.train.run_dir import RunDir, write_atomically
 from megatron_keye.train.runtime import Runtime
 from megatron_keye.train.schedule import lr_factor
-from megatron_keye.train.step import StepResult, TrainStep
+from megatron_keye.train.step import TrainStep
 
 
 @dataclass(frozen=True)
@@ -60,29 +63,6 @@ def open_inputs(config: RunConfig) -> Inputs:
     return Inputs(tokenizer, train, train.mixture(weights, data, config.train.seed), valid)
 
 
-class Limits:
-    """What may go wrong how often since the run last started. Counts are the same on all ranks."""
-
-    def __init__(self, config: RunConfig):
-        self._config = config
-        self._nonfinite_steps = self._skipped_samples = 0
-
-    def count(self, fed: FedStep, result: StepResult) -> None:
-        """Raises NumericError or DataError where a limit is passed."""
-        self._nonfinite_steps += int(not math.isfinite(result.grad_norm))
-        self._skipped_samples += len(fed.skipped)
-        if self._nonfinite_steps > self._config.train.max_nonfinite_steps:
-            raise NumericError(
-                f"{self._nonfinite_steps} steps had gradients that were not finite, and train.max_nonfinite_steps is "
-                f"{self._config.train.max_nonfinite_steps}; lower optimizer.lr, or look at the samples of those steps in ledger.jsonl"
-            )
-        if self._skipped_samples > self._config.data.max_skipped_samples:
-            raise DataError(
-                f"{self._skipped_samples} samples could not be read, and data.max_skipped_samples is "
-                f"{self._config.data.max_skipped_samples}; ledger.jsonl names each with its reason: repair the data or raise the limit"
-            )
-
-
 class Training:
     """One run on this rank."""
 
@@ -107,8 +87,9 @@ class Training:
     def run(self) -> None:
         """Train to the last step, or to a request to stop. Raises KeyeError subclasses that carry the exit code."""
         with said_once(self.runtime.groups.world, self.runtime.device):
-            cursor = self._resume()
-        self.recorder = Recorder(self.run_dir, self.runtime, self.planner, cursor.step, self.config.train.steps)
+            cursor, saved_chain = self._resume()
+        self.ledger, self._counts = self._open_ledger(cursor, saved_chain)
+        self.recorder = Recorder(self.run_dir, self.runtime, self.planner, self.ledger, cursor.step, self.config.train.steps)
         try:
             self._announce(cursor)
             cursor, stopped = self._steps(cursor)
@@ -125,7 +106,8 @@ class Training:
         """Train from `cursor` on; returns where it ended, and whether that was by request."""
         settings = self.config.train
         first_step = cursor.step
-        limits = Limits(self.config)
+        finite = FiniteSteps(settings)
+        bad = BadSamples(self.config.data.bad_sample_budget, self.inputs.train.source_sizes(), self._counts)
         feed = self._feed(self.inputs.train, cursor, self.mixture.order())
         try:
             while True:
@@ -141,24 +123,27 @@ class Training:
                     self.recorder.say(f"stopped on request after {cursor.step} steps; the same command goes on from there")
                     return cursor, True
                 self._heartbeat(cursor, "step")
-                fed, result = self._one_step(feed)
-                cursor = fed.after
+                record = self._one_step(feed)
+                cursor = record.fed.after
                 with said_once(self.runtime.groups.world, self.runtime.device):
-                    limits.count(fed, result)
+                    finite.count(record.result.grad_norm)
+                    bad.count(Counter(map(self.inputs.train.source, record.fed.plan.members)), record.skipped)
                 if settings.valid_every_steps and cursor.step % settings.valid_every_steps == 0 and cursor.step < settings.steps:
                     self._validate(cursor)
         finally:
             feed.close()
 
-    def _one_step(self, feed: Feed) -> tuple[FedStep, StepResult]:
+    def _one_step(self, feed: Feed) -> StepRecord:
         began_s = time.perf_counter()
         fed = feed.next_step()
         factor = lr_factor(fed.plan.step, self.config)
         result = self.step.run(fed.batch, factor)
         took_s = time.perf_counter() - began_s
         lr = self.config.optimizer.lr * factor
-        self.recorder.record(StepRecord(fed, result, lr, took_s, len(self.inputs.train)))
-        return fed, result
+        skipped = left_out(fed.plan, fed.skipped, self.inputs.train)
+        record = StepRecord(fed, skipped, result, lr, took_s, len(self.inputs.train))
+        self.recorder.record(record)
+        return record
 
     def _start_loading(self) -> Loading:
         data, inputs = self.config.data, self.inputs
@@ -188,12 +173,13 @@ class Training:
             feed.close()
         self.recorder.validated(cursor.step, total / max(supervised, 1.0))
 
-    def _resume(self) -> Cursor:
+    def _resume(self) -> tuple[Cursor, str]:
+        """Where to go on, and the ledger's chain there."""
         self.run_dir.heartbeat(self.runtime.groups.rank, 0, "load")
         fingerprint = self.inputs.tokenizer.fingerprint
         loaded = checkpointing.resume(self.run_dir.checkpoints, self.model, self.step.optimizer, fingerprint)
         if loaded is None:
-            return Cursor()
+            return Cursor(), CHAIN_START
         self._loaded_notes = [f"passed over a damaged checkpoint: {problem}" for problem in loaded.passed_over]
         if loaded.fresh_moments:
             self._loaded_notes.append(f"newly trained, with fresh optimizer state: {', '.join(loaded.fresh_moments)}")
@@ -201,13 +187,32 @@ class Training:
             self._loaded_notes.append("placement goes by other costs than before the checkpoint; the samples of each step stay the same")
         state = ResumeState.from_json(loaded.run.resume_state).going_on(self.mixture)
         self.mixture = state.mixture
-        return state.cursor
+        return state.cursor, loaded.run.ledger
+
+    def _open_ledger(self, cursor: Cursor, saved_chain: str) -> tuple[LedgerWriter | None, SourceCounts]:
+        """The main rank's ledger, and what the run has taken so far, on all ranks."""
+        train, ledger = self.inputs.train, None
+        with failing_together(self.runtime.groups.world, self.runtime.device):
+            if self.runtime.is_main:
+                ledger = LedgerWriter(self.run_dir.ledger, train, rules_of(self.config, self.mixture), cursor, saved_chain)
+                if ledger.continues_elsewhere:
+                    self._loaded_notes.append(
+                        f"no ledger of the first {cursor.step} steps is here: a new one begins, and `keye ledger verify` needs the run "
+                        "directory of those steps too"
+                    )
+        (counts,) = from_all_ranks([] if ledger is None else [ledger.counts], self.runtime.groups.world)
+        return ledger, counts
 
     def _save(self, cursor: Cursor) -> None:
         self._heartbeat(cursor, "save")
         state = ResumeState(cursor, self.mixture.since(cursor.progress.base))
         versions = {"megatron_keye": megatron_keye.__version__, "torch": torch.__version__, COSTS: costs_version(self.calibration)}
-        record = RunRecord(cursor.step, state.to_json(), dump_config(self.config), cursor.ledger.hex(), versions)
+        with failing_together(self.runtime.groups.world, self.runtime.device):
+            if self.ledger is not None:
+                self.ledger.flush()
+        # The main rank's record is the one that is written.
+        chain = CHAIN_START if self.ledger is None else self.ledger.chain
+        record = RunRecord(cursor.step, state.to_json(), dump_config(self.config), chain, versions)
         keep = self.config.train.keep_checkpoints
         fingerprint = self.inputs.tokenizer.fingerprint
         with said_once(self.runtime.groups.world, self.runtime.device):

@@ -14,8 +14,10 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch.utils.tensorboard import SummaryWriter
 
 from megatron_keye.plan.balance import imbalance
+from megatron_keye.plan.ledger import Skipped
 from megatron_keye.plan.types import ReplicaPlan
 from megatron_keye.train.feed import FedStep
+from megatron_keye.train.ledger import LedgerWriter
 from megatron_keye.train.pace import Pace
 from megatron_keye.train.placement import Planner
 from megatron_keye.train.run_dir import JsonLines, RunDir
@@ -38,6 +40,7 @@ class StepRecord:
     """A finished step, as the loop hands it over."""
 
     fed: FedStep
+    skipped: list[Skipped]
     result: StepResult
     lr: float
     step_time_s: float
@@ -47,14 +50,15 @@ class StepRecord:
 class Recorder:
     """Writes on the main rank; `record` is a collective, because all ranks' phase times and loads are compared."""
 
-    def __init__(self, run_dir: RunDir, runtime: Runtime, planner: Planner, first_step: int, num_steps: int):
-        self._runtime, self._planner, self._num_steps = runtime, planner, num_steps
-        self._metrics, self._ledger, self._validation = (JsonLines(p) for p in (run_dir.metrics, run_dir.ledger, run_dir.validation))
+    def __init__(self, run_dir: RunDir, runtime: Runtime, planner: Planner, ledger: LedgerWriter | None, first_step: int, num_steps: int):
+        """`ledger` is the main rank's; None elsewhere."""
+        self._runtime, self._planner, self._ledger, self._num_steps = runtime, planner, ledger, num_steps
+        self._metrics, self._validation = (JsonLines(p) for p in (run_dir.metrics, run_dir.validation))
         self._pace = Pace()
         self._board = self._progress = None
         self._last_log_s = -math.inf
         if runtime.is_main:
-            for lines in (self._metrics, self._ledger, self._validation):
+            for lines in (self._metrics, self._validation):
                 lines.keep_before(first_step)
             self._board = SummaryWriter(str(run_dir.tensorboard), purge_step=first_step)
             self._console = Console(stderr=True)
@@ -100,7 +104,7 @@ class Recorder:
         plan, result = record.fed.plan, record.result
         fields = {
             "step": plan.step, "loss": result.loss, "grad_norm": result.grad_norm, "lr": record.lr, "updated": result.updated,
-            "samples": len(plan.members), "skipped_samples": len(record.fed.skipped),
+            "samples": len(plan.members), "skipped_samples": len(record.skipped),
             "supervised_tokens": record.fed.batch.num_supervised, **{name: int(sum(by_rank[name])) for name in COUNTS},
             "step_time_s": round(record.step_time_s, 5),
             **{f"{name}_s": round(fmean(by_rank[name]), 5) for name in PHASES},
@@ -109,11 +113,7 @@ class Recorder:
         }  # fmt: skip
         fields["tokens_per_s"] = round(fields["tokens"] / record.step_time_s, 1)
         self._metrics.append(fields)
-        skipped = [{"id": s.sample_id, "reason": s.reason} for s in record.fed.skipped]
-        self._ledger.append({
-            "step": plan.step, "samples": list(plan.members), "digest": record.fed.after.ledger.hex(), "updated": result.updated,
-            "skipped": skipped,
-        })  # fmt: skip
+        self._ledger.step(plan, record.fed.after, record.skipped, result.updated)
         for name, value in fields.items():
             if name not in ("step", "updated"):
                 self._board.add_scalar(f"train/{name}", value, plan.step)
@@ -125,8 +125,8 @@ class Recorder:
     def _remark(self, record: StepRecord) -> None:
         """Say what somebody should look into."""
         done = record.fed.plan.step + 1
-        for sample in record.fed.skipped:
-            self.say(f"step {done}: left out {sample.sample_id}: {sample.reason}")
+        for sample in record.skipped:
+            self.say(f"step {done}: left out {sample.id}: {sample.reason}")
         if not math.isfinite(record.result.grad_norm):
             self.say(f"step {done}: the gradient is not finite, so no weight was changed")
 

@@ -3,7 +3,7 @@
     config.yaml       settings as resolved when the run last started
     metrics.jsonl     one line per step
     validation.jsonl  one line per validation; its step is the last one trained before it
-    ledger.jsonl      which samples each step trained on, chained by hash
+    ledger.jsonl      which samples each step trained on, chained by hash; see `plan/ledger.py`
     checkpoints/      step_00000123/ ...
     heartbeats/rankN  "step time phase", renewed at every phase change
     tensorboard/

@@ -13,10 +13,12 @@ import torch
 
 from megatron_keye.checkpoint.store import checkpoints
 from megatron_keye.config.load import dump_config
-from megatron_keye.errors import KeyeError
+from megatron_keye.errors import KeyeError, LedgerError
 from megatron_keye.parallel.launch import WorkerError
 from megatron_keye.plan.cursor import Cursor
-from megatron_keye.plan.digest import LEDGER_START, ledger_digest
+from megatron_keye.plan.ledger import StepLine
+from megatron_keye.plan.ledger_proof import prove
+from megatron_keye.train.ledger import read_ledger, run_files
 from megatron_keye.train.placement import Planner
 from megatron_keye.train.run_dir import RunDir
 from tests.tiny import HookedTraining, image_part, losses, no_hook, on_ranks, read_lines, runtime_here, tiny_record, train, write_part
@@ -82,14 +84,25 @@ def test_the_metrics_hold_every_field(straight):
         assert sum(parts) == pytest.approx(line["step_time_s"], rel=0.3, abs=0.05)
 
 
-def test_the_ledger_is_the_plans_order_chained_by_hash(tiny, straight):
+def steps_of(path):
+    """The step lines of a run's ledger."""
+    return [line for line in read_ledger(RunDir(path).ledger) if isinstance(line, StepLine)]
+
+
+def test_the_ledger_is_the_plans_order_and_is_proved_from_the_files(tiny, straight):
     config = tiny.config()
-    data, cursor, digest = tiny.dataset(config).plan_data, Cursor(), LEDGER_START
-    for line in read_lines(RunDir(straight[0]).ledger):
-        plan, cursor = Planner(config, num_replicas=1).over(data)(cursor)
-        digest = ledger_digest(digest, line["samples"])
-        assert line == {"step": plan.step, "samples": list(plan.members), "digest": digest.hex(), "updated": True, "skipped": []}
+    data, cursor = tiny.dataset(config), Cursor()
+    for line in steps_of(straight[0]):
+        plan, cursor = Planner(config, num_replicas=1).over(data.plan_data)(cursor)
+        assert (line.step, line.samples, line.digest) == (plan.step, plan.members, cursor.ledger.hex())
+        assert tuple(line.slot_positions) == plan.positions
+        assert line.ids == tuple(map(data.sample_id, plan.members))
+        assert line.crc32 == tuple(map(data.record_crc32, plan.members))
+        assert (line.sources, line.skipped, line.updated) == ({"train": 4}, (), True)
     assert cursor.step == 6
+    proof = prove([run_files(straight[0])])
+    assert (proof.steps, proof.num_samples, proof.epochs, proof.segments) == (6, 24, 1, 1)
+    assert [point.steps for point in proof.agreeing] == [4, 6]
 
 
 def test_a_run_leaves_its_settings_heartbeats_and_newest_checkpoints(tiny, straight):
@@ -231,15 +244,15 @@ def poisoned_steps(steps):
 
 def test_a_gradient_that_is_not_finite_is_skipped_on_all_ranks(tiny, tmp_path, straight, capfd):
     train("dp2", tiny.config(), tmp_path, poisoned_steps({2}))
-    metrics, ledger = read_lines(RunDir(tmp_path).metrics), read_lines(RunDir(tmp_path).ledger)
-    assert [line["updated"] for line in metrics] == [line["updated"] for line in ledger] == [True, True, False, True, True, True]
+    metrics, ledger = read_lines(RunDir(tmp_path).metrics), steps_of(tmp_path)
+    assert [line["updated"] for line in metrics] == [line.updated for line in ledger] == [True, True, False, True, True, True]
     assert metrics[2]["grad_norm"] is None
     assert "step 3: the gradient is not finite, so no weight was changed" in capfd.readouterr().err
     before = losses(straight[0])
     now = losses(tmp_path)
     assert [now[step] for step in (0, 1, 2)] == [before[step] for step in (0, 1, 2)]
     assert math.isfinite(now[3]) and now[3] != before[3]
-    digests = [[line["digest"] for line in read_lines(RunDir(path).ledger)] for path in (tmp_path, straight[0])]
+    digests = [[line.digest for line in steps_of(path)] for path in (tmp_path, straight[0])]
     assert digests[0] == digests[1]
 
 
@@ -274,12 +287,12 @@ def test_steps_of_text_alone_train_and_a_step_without_answers_commits(tiny, text
                 file.write(f"{weight.double().sum().item()!r}\n")
 
     train(layout, config, tmp_path / "run", hook)
-    metrics, ledger = read_lines(RunDir(tmp_path / "run").metrics), read_lines(RunDir(tmp_path / "run").ledger)
+    metrics, ledger = read_lines(RunDir(tmp_path / "run").metrics), steps_of(tmp_path / "run")
     (empty,) = [line["step"] for line in metrics if line["supervised_tokens"] == 0]
-    assert [line["updated"] for line in ledger] == [step != empty for step in range(4)]
+    assert [line.updated for line in ledger] == [step != empty for step in range(4)]
     assert metrics[empty]["loss"] == 0.0
     assert {line["visual_tokens"] for line in metrics} == {0}
-    assert sorted(line["samples"] for line in ledger) == [[0], [1], [2], [3]]
+    assert sorted(line.samples for line in ledger) == [(0,), (1,), (2,), (3,)]
     sums = [float(line) for line in (tmp_path / "sums").read_text().splitlines()]
     assert [a == b for a, b in pairwise(sums)] == [step == empty for step in range(3)]
 
@@ -312,19 +325,68 @@ def test_samples_that_cannot_be_read_are_skipped_and_listed_wherever_they_were(t
     """Those of every replica: each appears with its reason in the ledger, in the metrics and on the terminal."""
     config = tiny.config(f"data.train={spoiled}", "data.global_batch_samples=8", "data.bad_sample=skip", "train.steps=1")
     train("dp2", config, tmp_path / "run")
-    (line,) = read_lines(RunDir(tmp_path / "run").ledger)
-    assert sorted(skipped["id"] for skipped in line["skipped"]) == ["p0", "p1", "p2"]
-    assert all("do not match their sha256" in skipped["reason"] for skipped in line["skipped"])
+    (line,) = steps_of(tmp_path / "run")
+    assert [skipped.sample for skipped in line.skipped] == [sample for sample in line.samples if sample < 3], "in the order of slots"
+    assert sorted(skipped.id for skipped in line.skipped) == ["p0", "p1", "p2"]
+    assert all("do not match their sha256" in skipped.reason for skipped in line.skipped)
     assert read_lines(RunDir(tmp_path / "run").metrics)[0]["skipped_samples"] == 3
     assert "step 1: left out p1: " in capfd.readouterr().err
 
 
-def test_too_many_skipped_samples_end_the_run_on_all_ranks(tiny, spoiled, tmp_path):
-    config = tiny.config(f"data.train={spoiled}", "data.global_batch_samples=8", "data.bad_sample=skip", "data.max_skipped_samples=2")
-    first, second = on_ranks("dp2", config, _run_as, HookedTraining, tmp_path / "run", no_hook)
+def test_too_many_skipped_samples_end_the_run_on_all_ranks_whatever_restarts_lie_between(tiny, spoiled, tmp_path):
+    """One sample a step, three of eight bad, two allowed: counts go on from the ledger at every start."""
+    budget = ("data.bad_sample=skip", "data.bad_sample_budget.max_count=2", "data.bad_sample_budget.max_fraction=0.0")
+    config = tiny.config(f"data.train={spoiled}", "data.global_batch_samples=1", "train.steps=8", "train.save_every_steps=1", *budget)
+    path = tmp_path / "run"
+    plans = planned(tiny.dataset(config), config, 8)
+    second, third = [plan.step for plan in plans if plan.members[0] < 3][1:]
+    assert on_ranks("dp2", config, _run_as, HookedTraining, path, ask("STOP", second)) == [None, None]
+    (path / "STOP").unlink()
+    first, other = on_ranks("dp2", config, _run_as, HookedTraining, path, no_hook)
     assert first[:2] == ("DataError", 65)
-    assert "3 samples could not be read, and data.max_skipped_samples is 2; ledger.jsonl names each" in first[2]
+    assert (
+        f"3 of {third + 1} samples of source 'train' could not be read, and data.bad_sample_budget allows 2, or 0 % of them" in first[2]
+    )
+    assert "do not match their sha256" in first[2] and "repair the data" in first[2]
+    assert other[:2] == ("PeerError", 65)
+    assert len(steps_of(path)) == third + 1
+
+
+def planned(dataset, config, steps):
+    """The plans of a run's first steps."""
+    plan_at, cursor, plans = Planner(config, num_replicas=1).over(dataset.plan_data), Cursor(), []
+    for _ in range(steps):
+        plan, cursor = plan_at(cursor)
+        plans.append(plan)
+    return plans
+
+
+def without_last_line(path):
+    path.write_bytes(b"".join(path.read_bytes().splitlines(keepends=True)[:-1]))
+
+
+def test_a_ledger_that_does_not_lead_to_the_checkpoint_is_refused_and_kept(tiny, tmp_path, straight):
+    path = tmp_path / "run"
+    shutil.copytree(straight[0], path)
+    (path / "DONE").unlink()
+    without_last_line(RunDir(path).ledger)
+    before = RunDir(path).ledger.read_bytes()
+    first, second = on_ranks("dp2", tiny.config("train.steps=9"), _run_as, HookedTraining, path, no_hook)
+    assert first[:2] == ("LedgerError", 65)
+    assert "does not lead to the checkpoint after 6 steps: lines were lost or changed. Restore it, or move it away" in first[2]
     assert second[:2] == ("PeerError", 65)
+    assert RunDir(path).ledger.read_bytes() == before
+
+
+def test_a_run_that_goes_on_in_another_directory_is_proved_with_both(tiny, tmp_path, straight, capfd):
+    path = tmp_path / "run"
+    shutil.copytree(RunDir(straight[0]).checkpoints, RunDir(path).checkpoints)
+    train("dp2", tiny.config("train.steps=8"), path)
+    assert "no ledger of the first 6 steps is here: a new one begins" in capfd.readouterr().err
+    proof = prove([run_files(straight[0]), run_files(path)])
+    assert (proof.steps, proof.num_samples, proof.epochs, proof.segments) == (8, 32, 2, 2)
+    with pytest.raises(LedgerError, match=r"run/ledger\.jsonl begins at step 6, expected step 0: name the run before it first"):
+        prove([run_files(path)])
 
 
 def test_another_seed_cannot_go_on(tiny, tmp_path, straight):
@@ -340,8 +402,11 @@ def test_another_batch_and_lookahead_go_on_and_use_every_sample_once(tiny, tmp_p
     shutil.copytree(straight[0], tmp_path / "run")
     config = tiny.config("data.global_batch_samples=8", "data.lookahead.batches=2", "train.steps=9")
     assert on_ranks("dp2", config, _run_as, HookedTraining, tmp_path / "run", no_hook) == [None, None]
-    taken = [line["samples"] for line in read_lines(RunDir(tmp_path / "run").ledger)]
+    taken = [line.samples for line in steps_of(tmp_path / "run")]
     assert [len(samples) for samples in taken] == [4] * 6 + [8] * 3
     windows = [taken[:6], taken[6:8]]
     assert sorted(sample for samples in windows[0] for sample in samples) == list(range(24))
     assert len({sample for samples in windows[1] for sample in samples}) == 16
+    proof = prove([run_files(tmp_path / "run")])
+    assert (proof.steps, proof.num_samples, proof.segments) == (9, 48, 2)
+    assert len(proof.open_positions) == 8, "of the window of the last step"

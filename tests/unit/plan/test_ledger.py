@@ -1,6 +1,7 @@
 """Ledgers written here step by step, whole and then damaged: a proof finds what was done to them and names it."""
 
 import json
+from collections import Counter
 from dataclasses import replace
 
 import numpy as np
@@ -9,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from megatron_keye.errors import LedgerError
+from megatron_keye.plan.blend import CYCLE
 from megatron_keye.plan.cost import CostModel
 from megatron_keye.plan.cursor import Cursor
 from megatron_keye.plan.digest import LEDGER_START, ledger_digest
@@ -16,7 +18,6 @@ from megatron_keye.plan.ledger import (
     CHAIN_START,
     Rules,
     SegmentLine,
-    ShuffledRecord,
     Skipped,
     StepLine,
     chained,
@@ -27,12 +28,14 @@ from megatron_keye.plan.ledger import (
 )
 from megatron_keye.plan.ledger_proof import RunFiles, SavedPoint, TakenPositions, first_difference, prove
 from megatron_keye.plan.lookahead import Lookahead
-from megatron_keye.plan.order import samples_at
+from megatron_keye.plan.mixture import Mixture, Source, Stage, continued, fresh_mixture
 from megatron_keye.plan.windows import Membership
 
 N, SEED = 10, 3
 COST = CostModel(1, 1, 1, 1, 1)
-RULES = Rules(dataset="d1", order=ShuffledRecord(num_samples=N, seed=SEED), global_batch_samples=4, lookahead=Lookahead(), plan_version=1)
+WEB, VQA = Source("web", "f1", N, 3), Source("vqa", "f2", 7, 2)
+MIXTURE = fresh_mixture([WEB], (CYCLE,), SEED, blocks_per_window=2)
+RULES = Rules(mixture=MIXTURE, global_batch_samples=4, lookahead=Lookahead(), plan_version=1)
 """Epochs end in mid-step."""
 
 
@@ -61,16 +64,16 @@ class Writer:
         for _ in range(count):
             rules = self.rules
             progress = self.cursor.progress.under(rules.global_batch_samples, rules.lookahead)
-            positions = Membership(order, costs).positions(progress).tolist()
+            positions = Membership(rules.mixture.order(), costs).positions(progress).tolist()
             self.step(positions, progress.after_step())
         return self
 
     def step(self, positions, after):
-        samples = order(np.array(positions)).tolist()
+        samples, epochs = samples_and_epochs(self.rules.mixture, positions)
         digest = ledger_digest(self.cursor.ledger, samples)
         facts = {
             "positions": position_runs(positions),
-            "epochs": value_runs([position // N for position in positions]),
+            "epochs": value_runs(epochs),
             "samples": tuple(samples),
             "ids": tuple(f"s{sample}" for sample in samples),
             "crc32": tuple(sample * 7 for sample in samples),
@@ -84,8 +87,9 @@ class Writer:
         return RunFiles(name, self.lines, saved)
 
 
-def order(positions):
-    return np.array([samples_at(position, 1, N, SEED)[0] for position in positions.tolist()], np.int64)
+def samples_and_epochs(mixture, positions):
+    order, positions = mixture.order(), np.array(positions, np.int64)
+    return order(positions).tolist(), mixture.epochs(order, positions).tolist()
 
 
 def costs(samples, cost):
@@ -117,8 +121,9 @@ def whole():
 
 def test_a_whole_ledger_is_proved_with_its_checkpoints(whole):
     proof = prove([whole.files(saved=whole.saved)])
-    assert (proof.steps, proof.num_samples, proof.segments, proof.epoch) == (6, 24, 1, 2)
+    assert (proof.steps, proof.num_samples, proof.segments, proof.epochs) == (6, 24, 1, 3)
     assert proof.taken.base == 24 and not proof.open_positions
+    assert proof.agreeing == whole.saved
 
 
 def test_lines_survive_writing_and_reading(whole):
@@ -241,7 +246,7 @@ def test_a_window_that_loses_a_position_for_good_is_found():
     writer = Writer().segment(AHEAD).steps(3)
     lost = writer.lines[2].positions[0][0]
     positions = [p for p in writer.lines[2].slot_positions if p != lost] + [12]
-    fields = {"positions": position_runs(positions), "samples": tuple(order(np.array(positions)).tolist())}
+    fields = {"positions": position_runs(positions), "samples": tuple(samples_and_epochs(MIXTURE, positions)[0])}
     said = problem(rechained(changed(writer.lines, 2, **fields)))
     assert "it takes position 12 while position" in said and said.endswith("expected only positions below 12")
 
@@ -252,6 +257,7 @@ def test_a_run_that_goes_on_elsewhere_is_one_run(whole):
     runs = [whole.files("one", whole.saved), second.files("two", [point, *second.saved])]
     proof = prove(runs)
     assert (proof.steps, proof.num_samples, proof.segments) == (9, 36, 2)
+    assert [saved.steps for saved in proof.agreeing] == [1, 2, 3, 4, 4, 5, 6, 7, 8, 9], "not what the first run did beyond step 4"
     with pytest.raises(LedgerError, match="two begins at step 4, expected step 0: name the run before it first"):
         prove(runs[1:])
     short = RunFiles("one", whole.lines[:4], ())
@@ -267,10 +273,37 @@ def test_a_segment_that_does_not_go_on_is_found(whole):
         assert said in problem(rechained([*whole.lines, segment]))
 
 
-@pytest.mark.parametrize("fields", [{"dataset": "d2"}, {"order": ShuffledRecord(num_samples=N, seed=4)}])
-def test_another_order_in_mid_run_is_found(whole, fields):
-    whole.segment(RULES.model_copy(update=fields))
-    assert "it changes the dataset or its order" in problem(whole.lines)
+@pytest.mark.parametrize(
+    ("mixture", "said"),
+    [
+        (replace(MIXTURE, seed=4), "does not go on with the one before: seed is 4, but was 3"),
+        (replace(MIXTURE, sources=(replace(WEB, fingerprint="f9"),)), "source web has fingerprint f9, but had f1"),
+        (replace(MIXTURE, stages=(Stage(0, (CYCLE,), (5,)),)), "the stages of its mixture are"),
+        (Mixture(SEED, 2, (WEB, VQA), (MIXTURE.stages[0], Stage(20, (CYCLE // 2, CYCLE // 2), (20, 0)))), "the stages of its mixture are"),
+        (Mixture(SEED, 2, (WEB, VQA), (MIXTURE.stages[0], Stage(24, (CYCLE // 2, CYCLE // 2), (23, 0)))), "the stages of its mixture are"),
+    ],
+)
+def test_an_order_that_does_not_go_on_is_found(whole, mixture, said):
+    """Another seed, other data, and sources that go on from another place than they had reached."""
+    assert said in problem(whole.segment(RULES.model_copy(update={"mixture": mixture})).lines)
+
+
+@pytest.mark.parametrize("rules", [RULES, AHEAD], ids=["one batch", "lookahead"])
+def test_a_changed_mixture_goes_on_and_every_sample_comes_once_an_epoch(rules):
+    writer = Writer().segment(rules).steps(4)
+    for weights in ((CYCLE // 2, CYCLE // 2), (CYCLE // 4, CYCLE * 3 // 4)):
+        wanted = fresh_mixture([WEB, VQA], weights, SEED, blocks_per_window=2)
+        progress = writer.cursor.progress
+        mixture = continued(writer.rules.mixture, wanted, progress.frontier).since(progress.base)
+        writer.segment(rules.model_copy(update={"mixture": mixture})).steps(5)
+    proof = prove([writer.files(saved=writer.saved)])
+    assert (proof.segments, proof.steps) == (3, 14)
+    taken = Counter()
+    for line in writer.lines:
+        if isinstance(line, StepLine):
+            taken.update(zip(line.samples, line.slot_epochs, strict=True))
+    assert len(taken) == 56
+    assert set(taken.values()) == {1}, "no sample twice in one epoch of its source"
 
 
 @given(st.permutations(range(30)))

@@ -32,7 +32,7 @@ def test_a_source_is_gone_through_once_an_epoch_whatever_its_weight_does(changes
         frontier += more
         mixture = mixture.with_weights(weights_of(*parts), frontier)
     positions = np.arange(frontier + 2000)
-    samples, epochs = mixture.order()(positions), mixture.epochs(positions)
+    samples, epochs = mixture.order()(positions), mixture.epochs(mixture.order(), positions)
     for source, first in ((TEXT, 0), (IMAGES, 300)):
         own = (samples >= first) & (samples < first + source.num_samples)
         for epoch in range(int(epochs[own].max(initial=-1))):
@@ -49,7 +49,7 @@ def test_earlier_stages_can_be_forgotten(changes, position):
     later = position + np.arange(500)
     short = mixture.since(position)
     assert short.order()(later).tolist() == mixture.order()(later).tolist()
-    assert short.epochs(later).tolist() == mixture.epochs(later).tolist()
+    assert short.epochs(short.order(), later).tolist() == mixture.epochs(mixture.order(), later).tolist()
     assert sum(stage.position <= position for stage in short.stages) == 1
 
 
