@@ -7,17 +7,17 @@ import cv2
 import torch
 
 from megatron_keye.config.schema import DataConfig
-from megatron_keye.data.dataset import Dataset
+from megatron_keye.data.mixture import MixedDataset, open_samples
 from megatron_keye.data.tokenizer import load_tokenizer
 from megatron_keye.data.worker import main
 
 
-def open_sets(sets: list[dict[str, Any]]) -> list[Dataset]:
+def open_sets(sets: list[dict[str, Any]]) -> list[MixedDataset]:
     """The data sets, as `workers.SampleSet.to_json` describes them."""
     opened = []
     for described in sets:
         config, variant = DataConfig.model_validate(described["data"]), described["variant"]
-        opened.append(Dataset.open(described["location"], load_tokenizer(config.tokenizer, variant), variant, config))
+        opened.append(open_samples(described["location"], load_tokenizer(config.tokenizer, variant), variant, config))
     return opened
 
 

@@ -1,4 +1,4 @@
-"""Several data sets trained on together. `data.train` names the folder of one set, or a YAML file of several:
+"""Several data sets trained on together. `data.train` names the folder of one set, or a YAML file of several; so may `data.valid`:
 
     token_shares: {video: 0.24, image: 0.50, text: 0.26}   # of all tokens; leave out to go by repeats alone
     sources:
@@ -6,6 +6,8 @@
       - {name: clips, path: /data/clips, repeats: 2}       # epochs of it, against the others
 """
 
+import hashlib
+import json
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -30,8 +32,8 @@ from megatron_keye.plan.step import PlanData
 from megatron_keye.plan.table import SampleTable
 
 MIXTURE_SUFFIXES = (".yaml", ".yml")
-ONLY_SOURCE = "train"
-"""Name of the one source where `data.train` is a folder."""
+ONLY_SOURCE = "all"
+"""Name of the one source where there is no mixture file."""
 
 
 class Part(BaseModel):
@@ -66,8 +68,11 @@ class MixtureFile(BaseModel):
 class MixedDataset:
     """The samples of several sets, numbered one set after another. All methods may be called from several threads."""
 
-    def __init__(self, names: Sequence[str], parts: Sequence[Dataset]):
-        self._names, self._parts = tuple(names), tuple(parts)
+    def __init__(self, names: Sequence[str], parts: Sequence[Dataset], weights: Sequence[int]):
+        """`weights` of the sets sum to `blend.CYCLE`."""
+        self._names, self._parts, self._weights = tuple(names), tuple(parts), tuple(weights)
+        self.fingerprint = hashlib.sha256(json.dumps([part.fingerprint for part in parts]).encode()).hexdigest()
+        """Changes with any of the sets' own."""
         self._ends = np.cumsum([len(part) for part in parts])
         self.rejected = [entry for part in parts for entry in part.rejected]
         """(id, reason) of the samples that do not fit."""
@@ -131,23 +136,18 @@ class MixedDataset:
         part, number = self._at(sample)
         return part.stored_media(number)
 
-    @property
-    def fingerprint(self) -> str:
-        """Changes where that of a set does."""
-        return "+".join(part.fingerprint for part in self._parts)
-
     def bytes_read(self) -> int:
-        """Bytes of shards that were read so far."""
+        """Of shards, so far."""
         return sum(part.bytes_read() for part in self._parts)
 
-    def mixture(self, weights: Sequence[int], data: DataConfig, seed: int) -> Mixture:
+    def mixture(self, data: DataConfig, seed: int) -> Mixture:
         """The order in which a run that begins goes through these samples."""
         order = data.order
         sources = [
             Source(name, part.fingerprint, len(part), max(1, order.block_bytes // max(1, part.mean_sample_bytes)))
             for name, part in zip(self._names, self._parts, strict=True)
         ]
-        return fresh_mixture(sources, weights, seed, order.blocks_per_window)
+        return fresh_mixture(sources, self._weights, seed, order.blocks_per_window)
 
     def _at(self, sample: int) -> tuple[Dataset, int]:
         """The set that has a sample, and its number there."""
@@ -155,12 +155,12 @@ class MixedDataset:
         return self._parts[part], sample - (int(self._ends[part - 1]) if part else 0)
 
 
-def open_training_set(data: DataConfig, tokenizer: KeyeTokenizer, variant: Variant) -> tuple[MixedDataset, tuple[int, ...]]:
-    """What `data.train` names, and the weight of each source in it.
+def open_samples(location: str, tokenizer: KeyeTokenizer, variant: Variant, data: DataConfig) -> MixedDataset:
+    """The sets at `location`: the folder of one, or a mixture file.
 
     Raises DataError for a mixture file that cannot be used, and as `Dataset.open` does; PlanError where no weights give the token shares.
     """
-    wanted = read_mixture(Path(data.train))
+    wanted = read_mixture(Path(location))
     parts = [Dataset.open(part.path, tokenizer, variant, data) for part in wanted.sources]
     totals = [
         SourceTotals(source.name, len(part), part.tokens_by_modality()) for source, part in zip(wanted.sources, parts, strict=True)
@@ -171,7 +171,7 @@ def open_training_set(data: DataConfig, tokenizer: KeyeTokenizer, variant: Varia
     else:
         shares = wanted.token_shares
         weights = weights_by_token_shares(totals, (shares.video, shares.image, shares.text), repeats)
-    return MixedDataset([part.name for part in wanted.sources], parts), weights
+    return MixedDataset([part.name for part in wanted.sources], parts, weights)
 
 
 def read_mixture(path: Path) -> MixtureFile:

@@ -4,7 +4,7 @@ from megatron_keye.config.derive import num_replicas, padded_vocab_size, require
 from megatron_keye.config.load import dump_config
 from megatron_keye.config.schema import DecoderConfig, ModelConfig, RunConfig
 from megatron_keye.data.loader import replica_pixel_bytes
-from megatron_keye.data.mixture import open_training_set
+from megatron_keye.data.mixture import open_samples
 from megatron_keye.data.tokenizer import load_tokenizer
 from megatron_keye.errors import KeyeError
 from megatron_keye.plan.blend import CYCLE
@@ -85,8 +85,8 @@ def total_parameters(model: ModelConfig) -> int:
 def _first_plan(config: RunConfig, processes: int) -> str:
     try:
         tokenizer = load_tokenizer(config.data.tokenizer, config.model.variant)
-        dataset, weights = open_training_set(config.data, tokenizer, config.model.variant)
-        mixture = dataset.mixture(weights, config.data, config.train.seed)
+        dataset = open_samples(config.data.train, tokenizer, config.model.variant, config.data)
+        mixture = dataset.mixture(config.data, config.train.seed)
         calibration = open_calibration(config)
     except KeyeError as error:
         return f"first step: cannot be planned here: {error}"
@@ -95,7 +95,7 @@ def _first_plan(config: RunConfig, processes: int) -> str:
     loads = planner.loads(plan.replicas)
     lines = [
         f"data: {len(dataset):,} samples in {config.data.train}, {len(dataset.rejected)} left out",
-        *(_source_line(source, weight) for source, weight in zip(mixture.sources, weights, strict=True)),
+        *(_source_line(source, weight) for source, weight in zip(mixture.sources, mixture.stages[0].weights, strict=True)),
         f"first step: predicted imbalance (max / mean) decoder {loads.decoder_imbalance:.3f}, ViT {loads.vision_imbalance:.3f}",
         *(_replica_line(number, plan.replicas[number]) for number in range(min(len(plan.replicas), 8))),
     ]

@@ -1,8 +1,8 @@
 """How a replica's leader loads its samples: which source its loaders read from, made once for all data sets of a run."""
 
 from megatron_keye.config.schema import RunConfig
-from megatron_keye.data.dataset import Dataset
 from megatron_keye.data.loader import ReplicaLoader
+from megatron_keye.data.mixture import MixedDataset
 from megatron_keye.data.sources import Source, ThreadSource
 from megatron_keye.data.workers import DecodeWorkers, SampleSet, WorkerSource
 from megatron_keye.io_server.remote import RemoteSource, connect
@@ -11,7 +11,7 @@ from megatron_keye.io_server.remote import RemoteSource, connect
 class Loading:
     """Worker processes and the connection to I/O servers, as the settings say. `sets` are (location, data set)."""
 
-    def __init__(self, config: RunConfig, sets: list[tuple[str, Dataset]], pad_id: int):
+    def __init__(self, config: RunConfig, sets: list[tuple[str, MixedDataset]], pad_id: int):
         """Raises SettingsError for settings of servers that cannot be used."""
         self._data, self._pad_id = config.data, pad_id
         self._sets = [dataset for _, dataset in sets]
@@ -21,7 +21,7 @@ class Loading:
             described = [SampleSet(location, config.model.variant, config.data, dataset.fingerprint) for location, dataset in sets]
             self.workers = DecodeWorkers(described, config.data.loader)
 
-    def loader(self, dataset: Dataset) -> ReplicaLoader:
+    def loader(self, dataset: MixedDataset) -> ReplicaLoader:
         """A new loader of one of the data sets."""
         source = self._local_source(dataset)
         if self.media is not None:
@@ -39,7 +39,7 @@ class Loading:
         if self.media is not None:
             self.media.close()
 
-    def _local_source(self, dataset: Dataset) -> Source:
+    def _local_source(self, dataset: MixedDataset) -> Source:
         if self.workers is None:
             return ThreadSource(dataset, self._data.decode_threads, dataset.bytes_read)
         return WorkerSource(self.workers, self._sets.index(dataset), dataset.sample_id)

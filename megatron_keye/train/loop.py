@@ -14,14 +14,12 @@ import megatron_keye
 from megatron_keye.checkpoint.manifest import RunRecord
 from megatron_keye.config.load import dump_config
 from megatron_keye.config.schema import RunConfig
-from megatron_keye.data.dataset import Dataset
-from megatron_keye.data.mixture import MixedDataset, open_training_set
+from megatron_keye.data.mixture import MixedDataset, open_samples
 from megatron_keye.data.tokenizer import KeyeTokenizer, load_tokenizer
 from megatron_keye.errors import SettingsError
 from megatron_keye.plan.cursor import Cursor, ResumeState
 from megatron_keye.plan.ledger import CHAIN_START, SourceCounts
 from megatron_keye.plan.mixture import Mixture
-from megatron_keye.plan.order import Order
 from megatron_keye.train import checkpointing
 from megatron_keye.train.build import build_model, build_optimizer
 from megatron_keye.train.calibration import COSTS, FLOPS, costs_version, open_calibration, require_same_device, require_same_everywhere
@@ -41,12 +39,11 @@ from megatron_keye.train.step import TrainStep
 
 @dataclass(frozen=True)
 class Inputs:
-    """The data side of a run. `mixture` is the order in which a run that begins goes through `train`."""
+    """The data side of a run."""
 
     tokenizer: KeyeTokenizer
     train: MixedDataset
-    mixture: Mixture
-    valid: Dataset | None
+    valid: MixedDataset | None
 
 
 def open_inputs(config: RunConfig) -> Inputs:
@@ -58,9 +55,9 @@ def open_inputs(config: RunConfig) -> Inputs:
             f"the tokenizer at {data.tokenizer} has {tokenizer.vocab_size} ids, and model.decoder.vocab_size is "
             f"{config.model.decoder.vocab_size}; use the model's own tokenizer, or raise vocab_size for a fresh model"
         )
-    train, weights = open_training_set(data, tokenizer, variant)
-    valid = None if data.valid is None else Dataset.open(data.valid, tokenizer, variant, data)
-    return Inputs(tokenizer, train, train.mixture(weights, data, config.train.seed), valid)
+    train = open_samples(data.train, tokenizer, variant, data)
+    valid = None if data.valid is None else open_samples(data.valid, tokenizer, variant, data)
+    return Inputs(tokenizer, train, valid)
 
 
 class Training:
@@ -81,7 +78,7 @@ class Training:
         self.step = TrainStep(self.model, build_optimizer(self.model))
         times = None if self.calibration is None else self.calibration.time_model
         self.planner = Planner(config, runtime.groups.grid.dp, times)
-        self.mixture = self.inputs.mixture
+        self.mixture = self.inputs.train.mixture(config.data, config.train.seed)
         self._loaded_notes: list[str] = []
 
     def run(self) -> None:
@@ -108,7 +105,7 @@ class Training:
         first_step = cursor.step
         finite = FiniteSteps(settings)
         bad = BadSamples(self.config.data.bad_sample_budget, self.inputs.train.source_sizes(), self._counts)
-        feed = self._feed(self.inputs.train, cursor, self.mixture.order())
+        feed = self._feed(self.inputs.train, cursor, self.mixture)
         try:
             while True:
                 requests = self.control.poll()
@@ -150,16 +147,17 @@ class Training:
         sets = [(data.train, inputs.train)] + ([] if inputs.valid is None else [(data.valid, inputs.valid)])
         return Loading(self.config, sets, inputs.tokenizer.specials.endoftext)
 
-    def _feed(self, dataset: MixedDataset | Dataset, cursor: Cursor, order: Order | None = None) -> Feed:
+    def _feed(self, dataset: MixedDataset, cursor: Cursor, mixture: Mixture) -> Feed:
         loader = None if self._loading is None else self._loading.loader(dataset)
-        plan_at = self.planner.over(dataset.plan_data, order)
+        plan_at = self.planner.over(dataset.plan_data, mixture.order())
         return Feed(self.config, self.runtime.groups, plan_at, loader, cursor, self.runtime.device)
 
     def _validate(self, cursor: Cursor) -> None:
         """The mean loss of the first `valid_steps` steps of the held-out set, always the same samples; none when asked to stop."""
         if self.inputs.valid is None:
             return
-        feed = self._feed(self.inputs.valid, Cursor())
+        valid = self.inputs.valid
+        feed = self._feed(valid, Cursor(), valid.mixture(self.config.data, self.config.train.seed))
         total = supervised = 0.0
         try:
             for _ in range(self.config.train.valid_steps):

@@ -5,10 +5,11 @@ import numpy as np
 import pytest
 
 from megatron_keye.data.dataset import Dataset
-from megatron_keye.data.mixture import open_training_set, read_mixture
+from megatron_keye.data.mixture import open_samples, read_mixture
 from megatron_keye.data.tokenizer import load_tokenizer
 from megatron_keye.errors import DataError, PlanError
 from megatron_keye.plan.blend import CYCLE
+from megatron_keye.plan.mixture import Stage
 from tests.tiny import tiny_record, write_part
 
 VARIANT = "keye_vl_1_5"
@@ -27,7 +28,7 @@ def written(tiny, tmp_path, tokenizer):
 
     def write(text):
         (tmp_path / "mixture.yaml").write_text(text)
-        return open_training_set(tiny.config(f"data.train={tmp_path / 'mixture.yaml'}").data, tokenizer, VARIANT)
+        return open_samples(str(tmp_path / "mixture.yaml"), tokenizer, VARIANT, tiny.config().data)
 
     return write
 
@@ -36,7 +37,7 @@ BOTH = "sources:\n- {name: large, path: train}\n- {name: small, path: valid, rep
 
 
 def test_samples_are_those_of_the_sets_one_after_another(tiny, written, tokenizer):
-    mixed, _ = written(BOTH)
+    mixed = written(BOTH)
     data = tiny.config().data
     first, second = (Dataset.open(tiny.folder / name, tokenizer, VARIANT, data) for name in ("train", "valid"))
     assert len(mixed) == len(first) + len(second) == 30
@@ -56,18 +57,17 @@ def test_samples_are_those_of_the_sets_one_after_another(tiny, written, tokenize
     assert table.visual_tokens().tolist() == [shape.num_visual_tokens for shape in mixed.shapes]
 
 
-def test_weights_by_repeats(written):
-    _, weights = written(BOTH)
-    assert weights == (round(CYCLE * 24 / 36), CYCLE - round(CYCLE * 24 / 36))
+def test_weights_by_repeats(tiny, written):
+    mixture = written(BOTH).mixture(tiny.config().data, 0)
+    assert mixture.stages[0].weights == (round(CYCLE * 24 / 36), CYCLE - round(CYCLE * 24 / 36))
 
 
 def test_a_folder_is_a_mixture_of_one(tiny, tokenizer):
     config = tiny.config()
-    mixed, weights = open_training_set(config.data, tokenizer, VARIANT)
-    assert (len(mixed), weights) == (24, (CYCLE,))
-    mixture = mixed.mixture(weights, config.data, seed=3)
+    mixture = open_samples(config.data.train, tokenizer, VARIANT, config.data).mixture(config.data, seed=3)
+    assert mixture.stages == (Stage(0, (CYCLE,), (0,)),)
     assert sorted(mixture.order()(np.arange(24)).tolist()) == list(range(24))
-    assert [source.name for source in mixture.sources] == ["train"]
+    assert [source.name for source in mixture.sources] == ["all"]
 
 
 def test_token_shares_are_reached_over_a_thousand_steps(tiny, tmp_path, tokenizer):
@@ -79,9 +79,9 @@ def test_token_shares_are_reached_over_a_thousand_steps(tiny, tmp_path, tokenize
         write_part(tmp_path, name, [tiny_record(number) for number in range(24) if number % 6 in kind])
     sources = "".join(f"- {{name: {name}, path: {name}}}\n" for name in kinds)
     (tmp_path / "mixture.yml").write_text(f"token_shares: {{video: 0.05, image: 0.10, text: 0.85}}\nsources:\n{sources}")
-    config = tiny.config(f"data.train={tmp_path / 'mixture.yml'}")
-    mixed, weights = open_training_set(config.data, tokenizer, VARIANT)
-    taken = mixed.mixture(weights, config.data, 0).order()(np.arange(1000 * 4))
+    config = tiny.config()
+    mixed = open_samples(str(tmp_path / "mixture.yml"), tokenizer, VARIANT, config.data)
+    taken = mixed.mixture(config.data, 0).order()(np.arange(1000 * 4))
     table = mixed.plan_data.table
     visual, tokens = table.visual_tokens()[taken], table.tokens[taken]
     is_clip = np.array([mixed.source(sample) == "clips" for sample in taken.tolist()])
@@ -110,9 +110,9 @@ def test_tokens_by_modality_are_those_of_the_samples(tiny, tokenizer):
 
 def test_blocks_follow_the_size_of_samples(tiny, tokenizer):
     config = tiny.config()
-    mixed, weights = open_training_set(config.data, tokenizer, VARIANT)
+    mixed = open_samples(config.data.train, tokenizer, VARIANT, config.data)
     order = config.data.order.model_copy(update={"block_bytes": 30_000})
-    (source,) = mixed.mixture(weights, config.data.model_copy(update={"order": order}), 0).sources
+    (source,) = mixed.mixture(config.data.model_copy(update={"order": order}), 0).sources
     shards = sum(path.stat().st_size for path in (tiny.folder / "train").glob("*.tar"))
     assert source.block_samples == max(1, 30_000 // (shards // 24))
 
