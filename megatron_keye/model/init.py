@@ -26,6 +26,11 @@ def proof_tensor(name: str, shape: tuple[int, ...], std: float, seed: int) -> Te
     return 1.0 + 0.1 * noise if "norm" in name else std * noise
 
 
+def no_tensor(name: str, shape: tuple[int, ...], std: float, seed: int) -> Tensor:
+    """Zeros that take no memory, in place of weights that come from elsewhere."""
+    return torch.zeros(()).expand(shape)
+
+
 def _normal(name: str, shape: tuple[int, ...], seed: int) -> Tensor:
     digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little", signed=True))

@@ -7,6 +7,7 @@ run, the next start goes on with the sample after the last one that is in the we
 import time
 from collections import Counter
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
@@ -26,8 +27,10 @@ from megatron_keye.train.calibration import COSTS, FLOPS, costs_version, open_ca
 from megatron_keye.train.consensus import failing_together, from_all_ranks, said_once
 from megatron_keye.train.control import Control
 from megatron_keye.train.feed import Feed
+from megatron_keye.train.initial_weights import drawing, start_from
 from megatron_keye.train.ledger import LedgerWriter, left_out, rules_of
 from megatron_keye.train.limits import BadSamples, FiniteSteps
+from megatron_keye.train.live_export import LiveExport
 from megatron_keye.train.loading import Loading
 from megatron_keye.train.placement import Planner
 from megatron_keye.train.recorder import Recorder, StepRecord
@@ -74,12 +77,14 @@ class Training:
             self._loading = self._start_loading() if runtime.groups.is_leader else None
         with said_once(runtime.groups.world, runtime.device):
             require_same_everywhere(self.calibration, runtime.groups.world)
-            self.model = build_model(config, runtime.groups, runtime.device)
+            self.model = build_model(config, runtime.groups, runtime.device, draw=drawing(config.model))
         self.step = TrainStep(self.model, build_optimizer(self.model))
         times = None if self.calibration is None else self.calibration.time_model
         self.planner = Planner(config, runtime.groups.grid.dp, times)
         self.mixture = self.inputs.train.mixture(config.data, config.train.seed)
         self._loaded_notes: list[str] = []
+        self._loaded_from: Path | None = None
+        self._exports: LiveExport | None = None
 
     def run(self) -> None:
         """Train to the last step, or to a request to stop. Raises KeyeError subclasses that carry the exit code."""
@@ -87,11 +92,14 @@ class Training:
             cursor, saved_chain = self._resume()
         self.ledger, self._counts = self._open_ledger(cursor, saved_chain)
         self.recorder = Recorder(self.run_dir, self.runtime, self.planner, self.ledger, cursor.step, self.config.train.steps)
+        if self.runtime.is_main and self.config.train.export_hf_every_steps:
+            self._exports = LiveExport(self.run_dir, self.config.train, self.recorder.say)
         try:
             self._announce(cursor)
+            if self._exports is not None:
+                self._exports.resume(cursor.step, self._loaded_from)
             cursor, stopped = self._steps(cursor)
-            if not stopped:
-                self._finish(cursor)
+            self._finish(cursor, stopped)
         finally:
             if self._loading is not None:
                 for line in self._loading.summary():
@@ -177,7 +185,10 @@ class Training:
         fingerprint = self.inputs.tokenizer.fingerprint
         loaded = checkpointing.resume(self.run_dir.checkpoints, self.model, self.step.optimizer, fingerprint)
         if loaded is None:
+            if self.config.model.init_from is not None:
+                self._loaded_notes = start_from(Path(self.config.model.init_from), self.model, self.step.optimizer)
             return Cursor(), CHAIN_START
+        self._loaded_from = loaded.path
         self._loaded_notes = [f"passed over a damaged checkpoint: {problem}" for problem in loaded.passed_over]
         if loaded.fresh_moments:
             self._loaded_notes.append(f"newly trained, with fresh optimizer state: {', '.join(loaded.fresh_moments)}")
@@ -214,10 +225,17 @@ class Training:
         keep = self.config.train.keep_checkpoints
         fingerprint = self.inputs.tokenizer.fingerprint
         with said_once(self.runtime.groups.world, self.runtime.device):
-            checkpointing.save(self.run_dir.checkpoints, self.model, self.step.optimizer, record, fingerprint, keep)
+            saved = checkpointing.save(self.run_dir.checkpoints, self.model, self.step.optimizer, record, fingerprint, keep)
+        if self._exports is not None:
+            self._exports.saved(cursor.step, saved)
 
-    def _finish(self, cursor: Cursor) -> None:
-        self._validate(cursor)
+    def _finish(self, cursor: Cursor, stopped: bool) -> None:
+        if not stopped:
+            self._validate(cursor)
+        if self._exports is not None:
+            self._exports.wait()
+        if stopped:
+            return
         if self.runtime.is_main:
             self.run_dir.mark_done(cursor.step)
         self.recorder.say(f"complete: {cursor.step} steps, {cursor.position} samples; checkpoints in {self.run_dir.checkpoints}")

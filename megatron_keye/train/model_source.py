@@ -7,15 +7,14 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from pydantic import ValidationError
-
+from megatron_keye.checkpoint.checkpoint_tensors import HF_FILES, is_converted
 from megatron_keye.checkpoint.hf_config import CONFIG_FILE as HF_CONFIG
 from megatron_keye.checkpoint.hf_config import read_hf_config, read_max_positions
 from megatron_keye.checkpoint.hf_weights import load_hf_weights
+from megatron_keye.checkpoint.identity import stored_model, stored_settings
 from megatron_keye.checkpoint.load import load_weights
 from megatron_keye.checkpoint.manifest import MANIFEST, read_manifest
 from megatron_keye.config.schema import DataConfig, ModelConfig, OptimizerConfig, RunConfig, TrainConfig
-from megatron_keye.config.strict_yaml import parse_yaml
 from megatron_keye.data.chat_template import find_chat_template
 from megatron_keye.data.items import MediaRules, media_rules
 from megatron_keye.data.processor_config import read_media_rules
@@ -49,7 +48,7 @@ def find_model(path: str | Path) -> ModelSource:
     """
     path = Path(path)
     if (path / MANIFEST).is_file():
-        return _from_checkpoint(path, _stored_settings(path))
+        return _from_converted(path) if is_converted(path) else _from_checkpoint(path, stored_settings(path, read_manifest(path)))
     if (path / HF_CONFIG).is_file():
         return _from_hf_folder(path)
     run = RunDir(path)
@@ -75,16 +74,19 @@ def _from_checkpoint(checkpoint: Path, settings: RunConfig) -> ModelSource:
     )
 
 
-def _stored_settings(checkpoint: Path) -> RunConfig:
-    """The settings that a checkpoint was saved with."""
-    try:
-        return RunConfig.model_validate(parse_yaml(read_manifest(checkpoint).run.settings))
-    except ValidationError as error:
-        raise CheckpointError(f"{checkpoint} was saved with settings that this version does not have; use that version: {error}") from error
+def _from_converted(checkpoint: Path) -> ModelSource:
+    """Its weights, and everything else as of the Hugging Face folder that it was converted from."""
+    model = stored_model(checkpoint, read_manifest(checkpoint))
+    return _with_folder(checkpoint / HF_FILES, model, partial(load_weights, checkpoint))
 
 
 def _from_hf_folder(folder: Path) -> ModelSource:
     model = read_hf_config(folder)
+    return _with_folder(folder, model, partial(load_hf_weights, folder, shapes=canonical_shapes(model)))
+
+
+def _with_folder(folder: Path, model: ModelConfig, fill: Fill) -> ModelSource:
+    """A model whose inputs are made as the files of a Hugging Face folder say."""
     max_tokens = read_max_positions(folder)
     tokenizer = load_tokenizer(folder, model.variant)
     if tokenizer.vocab_size > model.decoder.vocab_size:
@@ -97,7 +99,7 @@ def _from_hf_folder(folder: Path) -> ModelSource:
         tokenize=_folder_tokenize(folder, tokenizer, model),
         rules=read_media_rules(folder, model.variant),
         max_tokens=max_tokens,
-        fill=partial(load_hf_weights, folder, shapes=canonical_shapes(model)),
+        fill=fill,
     )
 
 

@@ -5,6 +5,7 @@
     validation.jsonl  one line per validation; its step is the last one trained before it
     ledger.jsonl      which samples each step trained on, chained by hash; see `plan/ledger.py`
     checkpoints/      step_00000123/ ...
+    hf/               step_123/ ..., Hugging Face folders, where train.export_hf_every_steps asks for them
     heartbeats/rankN  "step time phase", renewed at every phase change
     tensorboard/
     STOP, SAVE        put there by anyone: end the run at the next step with a checkpoint; checkpoint now and go on

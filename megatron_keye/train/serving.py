@@ -7,8 +7,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-
 from megatron_keye.checkpoint.load import load_weights
 from megatron_keye.checkpoint.manifest import read_manifest
 from megatron_keye.checkpoint.store import latest
@@ -16,6 +14,7 @@ from megatron_keye.config.load import load_config
 from megatron_keye.config.schema import KernelConfig, ParallelConfig, RunConfig
 from megatron_keye.data.tokenizer import KeyeTokenizer, load_tokenizer
 from megatron_keye.errors import CheckpointError, SettingsError
+from megatron_keye.model.init import no_tensor
 from megatron_keye.model.names import Piece
 from megatron_keye.train import runtime
 from megatron_keye.train.build import KeyeModel, build_model
@@ -93,11 +92,6 @@ def build_filled(config: RunConfig, fill: Fill) -> KeyeModel:
         raise SettingsError("this command runs on one process; start it without torchrun")
     started = runtime.start(config)
     frozen = config.model_copy(update={"model": config.model.model_copy(update={"freeze": EVERY_MODULE})})
-    model = build_model(frozen, started.groups, started.device, draw=_no_weights)
+    model = build_model(frozen, started.groups, started.device, draw=no_tensor)
     fill(model.pieces())
     return model
-
-
-def _no_weights(name: str, shape: tuple[int, ...], std: float, seed: int) -> torch.Tensor:
-    """Zeros that take no memory, in place of fresh weights."""
-    return torch.zeros(()).expand(shape)

@@ -37,6 +37,7 @@ MEGATRON_FILES = {
     "model/packed.py",
     "train/build.py",
     "train/checkpointing.py",
+    "train/initial_weights.py",
     "train/step.py",
 }
 """The only files that may import Megatron-core."""
