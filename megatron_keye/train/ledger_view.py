@@ -4,7 +4,7 @@ from pathlib import Path
 
 from rich.table import Table
 
-from megatron_keye.data.mixture import MixedDataset, open_training_set
+from megatron_keye.data.mixture import MixedDataset, open_samples
 from megatron_keye.data.tokenizer import load_tokenizer
 from megatron_keye.errors import DataError, KeyeError
 from megatron_keye.plan.ledger import SegmentLine, StepLine
@@ -40,8 +40,8 @@ def _training_set(run_dir: Path, mixture: Mixture) -> MixedDataset:
     """The training set of a run's settings. Raises KeyeError where it is not there, or not what it was."""
     config = run_settings(RunDir(run_dir))
     tokenizer = load_tokenizer(config.data.tokenizer, config.model.variant)
-    dataset, weights = open_training_set(config.data, tokenizer, config.model.variant)
-    if dataset.mixture(weights, config.data, config.train.seed).sources[: len(mixture.sources)] != mixture.sources:
+    dataset = open_samples(config.data.train, tokenizer, config.model.variant, config.data)
+    if dataset.mixture(config.data, config.train.seed).sources[: len(mixture.sources)] != mixture.sources:
         raise DataError(f"{config.data.train} is not, or not with these settings, what the step was trained on")
     return dataset
 

@@ -13,11 +13,13 @@ import torch
 
 from megatron_keye.checkpoint.store import checkpoints
 from megatron_keye.config.load import dump_config
+from megatron_keye.data.mixture import ONLY_SOURCE
 from megatron_keye.errors import KeyeError, LedgerError
 from megatron_keye.parallel.launch import WorkerError
 from megatron_keye.plan.cursor import Cursor
 from megatron_keye.plan.ledger import StepLine
 from megatron_keye.plan.ledger_proof import prove
+from megatron_keye.train import cli
 from megatron_keye.train.ledger import read_ledger, run_files
 from megatron_keye.train.placement import Planner
 from megatron_keye.train.run_dir import RunDir
@@ -98,11 +100,25 @@ def test_the_ledger_is_the_plans_order_and_is_proved_from_the_files(tiny, straig
         assert tuple(line.slot_positions) == plan.positions
         assert line.ids == tuple(map(data.sample_id, plan.members))
         assert line.crc32 == tuple(map(data.record_crc32, plan.members))
-        assert (line.sources, line.skipped, line.updated) == ({"train": 4}, (), True)
+        assert (line.sources, line.skipped, line.updated) == ({ONLY_SOURCE: 4}, (), True)
     assert cursor.step == 6
     proof = prove([run_files(straight[0])])
     assert (proof.steps, proof.num_samples, proof.epochs, proof.segments) == (6, 24, 1, 1)
     assert [point.steps for point in proof.agreeing] == [4, 6]
+
+
+def test_the_command_proves_shows_and_compares_a_run(tiny, straight, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")
+    path = str(straight[0])
+    assert cli.main(["ledger", "verify", path]) == 0
+    out = capsys.readouterr().out
+    assert "6 " in out and "step_00000004, step_00000006" in out and "24, each position of the order once" in out
+    assert cli.main(["ledger", "show", path, "--step", "3"]) == 0
+    out, dataset = capsys.readouterr().out, tiny.dataset(tiny.config())
+    for sample in steps_of(path)[3].samples:
+        row = next(line for line in out.splitlines() if f" {dataset.sample_id(sample)} " in line)
+        assert [cell.strip() for cell in row.split("│")][7:10] == [ONLY_SOURCE, dataset.task(sample), str(dataset.shape(sample).num_tokens)]
+    assert cli.main(["ledger", "diff", path, path]) == 0
 
 
 def test_a_run_leaves_its_settings_heartbeats_and_newest_checkpoints(tiny, straight):
@@ -345,7 +361,8 @@ def test_too_many_skipped_samples_end_the_run_on_all_ranks_whatever_restarts_lie
     first, other = on_ranks("dp2", config, _run_as, HookedTraining, path, no_hook)
     assert first[:2] == ("DataError", 65)
     assert (
-        f"3 of {third + 1} samples of source 'train' could not be read, and data.bad_sample_budget allows 2, or 0 % of them" in first[2]
+        f"3 of {third + 1} samples of source '{ONLY_SOURCE}' could not be read, and data.bad_sample_budget allows 2, or 0 % of them"
+        in first[2]
     )
     assert "do not match their sha256" in first[2] and "repair the data" in first[2]
     assert other[:2] == ("PeerError", 65)

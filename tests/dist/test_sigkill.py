@@ -11,6 +11,8 @@ from pathlib import Path
 import pytest
 
 from megatron_keye.config.load import dump_config
+from megatron_keye.plan.ledger_proof import prove
+from megatron_keye.train.ledger import run_files
 from megatron_keye.train.run_dir import RunDir
 from tests.tiny import losses
 
@@ -74,4 +76,5 @@ def test_a_killed_run_has_the_loss_curve_of_an_undisturbed_one(tiny, tmp_path):
 
     assert losses(killed) == losses(straight)
     assert RunDir(killed).ledger.read_text() == RunDir(straight).ledger.read_text()
+    assert prove([run_files(killed)]).steps == STEPS
     assert not is_saving(killed)
