@@ -279,6 +279,11 @@ class TrainConfig(Section):
     valid_steps: Positive = 8
     max_nonfinite_steps: NonNegative = 10
     """Steps skipped for a non-finite gradient before the run ends with exit code 66."""
+    hang_timeout_s: PositiveFloat = 60.0
+    """A rank ends, with the stacks of its threads in the run directory, when a step takes longer than this and than three times
+    the longest step before it."""
+    slow_phase_timeout_s: PositiveFloat = 1800.0
+    """The same limit for loading, saving, evaluation and the first step of a start."""
     overlap_grad_reduce: bool = False
     overlap_param_gather: bool = False
 

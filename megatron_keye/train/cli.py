@@ -35,6 +35,7 @@ COMMANDS = {
     "ledger": Command("ledger", "prove from its files that a run used every sample once; show or compare what steps held"),
     "calibrate": Command("calibrate", "measure what samples cost on this machine, for the placement of a run"),
     "io-server": Command("io_server", "decode images and videos for training runs, or ask servers how they are"),
+    "report": Command("report", "the starts of a run on SLURM: why each ended, what was lost, how much of the time trained"),
     "verify-layout": Command("verify_layout", "prove that parallel layouts give the same loss, gradients and weights"),
 }
 

@@ -38,6 +38,7 @@ from megatron_keye.train.run_dir import RunDir, write_atomically
 from megatron_keye.train.runtime import Runtime
 from megatron_keye.train.schedule import lr_factor
 from megatron_keye.train.step import TrainStep
+from megatron_keye.train.watchdog import Watchdog
 
 
 @dataclass(frozen=True)
@@ -68,7 +69,8 @@ class Training:
 
     def __init__(self, config: RunConfig, run_dir: RunDir, runtime: Runtime):
         self.config, self.run_dir, self.runtime = config, run_dir, runtime
-        run_dir.heartbeat(runtime.groups.rank, 0, "setup")
+        self._watchdog = Watchdog(run_dir.stacks(runtime.groups.rank), config.train)
+        self._beat(0, "setup")
         self.control = Control(run_dir, runtime.groups, runtime.device)
         with failing_together(runtime.groups.world, runtime.device):
             self.inputs = open_inputs(config)
@@ -106,6 +108,7 @@ class Training:
                     self.recorder.say(line)
                 self._loading.close()
             self.recorder.close()
+            self._watchdog.close()
 
     def _steps(self, cursor: Cursor) -> tuple[Cursor, bool]:
         """Train from `cursor` on; returns where it ended, and whether that was by request."""
@@ -181,7 +184,7 @@ class Training:
 
     def _resume(self) -> tuple[Cursor, str]:
         """Where to go on, and the ledger's chain there."""
-        self.run_dir.heartbeat(self.runtime.groups.rank, 0, "load")
+        self._beat(0, "load")
         fingerprint = self.inputs.tokenizer.fingerprint
         loaded = checkpointing.resume(self.run_dir.checkpoints, self.model, self.step.optimizer, fingerprint)
         if loaded is None:
@@ -256,4 +259,8 @@ class Training:
         self.recorder.say(f"{start}: {len(train):,} samples, {self.config.train.steps} steps, {layout} on {self.runtime.device.type}")
 
     def _heartbeat(self, cursor: Cursor, phase: str) -> None:
-        self.run_dir.heartbeat(self.runtime.groups.rank, cursor.step, phase)
+        self._beat(cursor.step, phase)
+
+    def _beat(self, step: int, phase: str) -> None:
+        self.run_dir.heartbeat(self.runtime.groups.rank, step, phase)
+        self._watchdog.beat(step, phase)

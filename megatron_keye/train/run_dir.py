@@ -7,6 +7,7 @@
     checkpoints/      step_00000123/ ...
     hf/               step_123/ ..., Hugging Face folders, where train.export_hf_every_steps asks for them
     heartbeats/rankN  "step time phase", renewed at every phase change
+    stacks/rankN      empty; the stacks of a rank's threads where its watchdog or a fatal signal ended it
     tensorboard/
     STOP, SAVE        put there by anyone: end the run at the next step with a checkpoint; checkpoint now and go on
     DONE              put there by the run when its last step is saved
@@ -65,6 +66,9 @@ class RunDir:
     def heartbeat(self, rank: int, step: int, phase: str) -> None:
         """Say that `rank` is alive in `phase` (setup, load, step, save, eval) of `step`."""
         write_atomically(self.path / "heartbeats" / f"rank{rank}", f"{step} {time.time():.3f} {phase}\n")
+
+    def stacks(self, rank: int) -> Path:
+        return self.path / "stacks" / f"rank{rank}"
 
     def is_asked(self, name: str) -> bool:
         """Whether somebody put the file `name` (STOP or SAVE) there."""

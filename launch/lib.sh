@@ -1,0 +1,50 @@
+# shellcheck shell=bash
+# What the SLURM launchers share: where things are, the site's settings, and the environment of training processes.
+
+keye_root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+
+die() {
+    echo "$(basename "$0"): error: $*" >&2
+    exit 65
+}
+
+# Reads launch/site.env (or the file in KEYE_SITE) into exported variables, and loads the modules that it names.
+load_site() {
+    local file=${KEYE_SITE:-$keye_root/launch/site.env}
+    if [[ -f $file ]]; then
+        set -a
+        # shellcheck source=/dev/null
+        . "$file"
+        set +a
+    elif [[ -n ${KEYE_SITE:-} ]]; then
+        die "KEYE_SITE names $file, which is not there; copy launch/site.env.example"
+    fi
+    if [[ -n ${SITE_MODULES:-} ]]; then
+        # shellcheck disable=SC2086  # one word per module
+        module load $SITE_MODULES
+    fi
+}
+
+# Sets KEYE_ROOT and KEYE_PYTHON: the trainer's Python, which the container has or all nodes share.
+find_python() {
+    export KEYE_ROOT=$keye_root
+    export KEYE_PYTHON=${SITE_PYTHON:-$keye_root/.venv/bin/python}
+    export PYTHONPATH=$keye_root${PYTHONPATH:+:$PYTHONPATH}
+}
+
+# Everything that a training process finds in its environment, for $1 processes on this node. What is set already stays.
+training_environment() {
+    local threads=$(($(nproc) / $1))
+    export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((threads > 0 ? threads : 1))}
+    # Megatron's tensor parallelism relies on kernels being started in the order in which they were issued.
+    export CUDA_DEVICE_MAX_CONNECTIONS=${CUDA_DEVICE_MAX_CONNECTIONS:-1}
+    # A failed collective ends the process; what it was doing is written down by the rank's own watchdog.
+    export TORCH_NCCL_ASYNC_ERROR_HANDLING=${TORCH_NCCL_ASYNC_ERROR_HANDLING:-1}
+    export NCCL_DEBUG=${NCCL_DEBUG:-WARN}
+    # Compiled kernels go to the node's own disk: thousands of ranks must not write one shared folder.
+    export TRITON_CACHE_DIR=${TRITON_CACHE_DIR:-${TMPDIR:-/tmp}/keye-$(id -u)/triton}
+    export TORCHINDUCTOR_CACHE_DIR=${TORCHINDUCTOR_CACHE_DIR:-${TMPDIR:-/tmp}/keye-$(id -u)/inductor}
+    export PYTHONUNBUFFERED=1 PYTHONPATH=$keye_root${PYTHONPATH:+:$PYTHONPATH}
+    ulimit -n "$(ulimit -Hn)" 2>/dev/null || true
+    ulimit -c 0
+}

@@ -1,0 +1,176 @@
+"""The SLURM commands that a run needs: command lines as pure functions, calls that fail soft where the cluster may be ailing."""
+
+import re
+import subprocess
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from datetime import datetime
+from pathlib import Path
+
+from megatron_keye.errors import KeyeError
+from megatron_keye.train.supervise.decide import Fate
+from megatron_keye.train.supervise.job import Job, Site
+
+CALL_TIMEOUT_S = 60.0
+PROBE_TIMEOUT_S = 30.0
+PROBES_AT_A_TIME = 64
+TRAIN_STEP = "keye-train"
+
+
+def sbatch_command(job: Job, exclude: Iterable[str] = (), after: str | None = None) -> list[str]:
+    """Submits one job. Everything else about it lies in the run directory.
+
+    `--signal=B:` reaches the supervisor alone: torchrun would die of it. `--no-kill` leaves the job to the supervisor when a node is
+    lost. Output of all attempts is appended to one file, in a folder that exists before the job starts.
+    """
+    launch = Path(job.root) / "launch"
+    return [
+        "sbatch", "--parsable", f"--job-name={job.name}", f"--nodes={job.nodes + job.spare_nodes}", "--ntasks-per-node=1",
+        f"--cpus-per-task={job.site.cpus_per_node}", *_gpus(job), *_given(job.site, "partition", "account", "qos"),
+        f"--time={job.time_limit}", f"--signal=B:USR1@{job.lead_s}", "--requeue", "--no-kill", "--open-mode=append",
+        f"--output={job.run_dir}/train.log", f"--chdir={job.root}", f"--comment={job.run_dir}",
+        *_excluding(exclude), *([f"--dependency=afterok:{after}", "--kill-on-invalid-dep=yes"] if after else []), *job.site.sbatch_options,
+        str(launch / "train.sbatch"), job.root, job.run_dir,
+    ]  # fmt: skip
+
+
+def srun_command(job: Job, nodes: Sequence[str]) -> list[str]:
+    """Runs launch/node.sh once on each of `nodes`.
+
+    `--overlap`: a step that a lost node keeps from ending still holds the resources of the others.
+    """
+    return [
+        "srun", f"--job-name={TRAIN_STEP}", f"--nodes={len(nodes)}", f"--ntasks={len(nodes)}", "--ntasks-per-node=1",
+        f"--nodelist={','.join(nodes)}", f"--cpus-per-task={job.site.cpus_per_node}", *_gpus(job), "--overlap", "--kill-on-bad-exit=1",
+        *_pyxis(job.site), *job.site.srun_options, *_apptainer(job.site),
+        "bash", f"{job.root}/launch/node.sh", *job.arguments,
+    ]  # fmt: skip
+
+
+def probe_command(node: str, root: str, run_dir: str) -> list[str]:
+    """Ends what earlier attempts left on `node`; that it does shows that the node answers."""
+    return [
+        "srun", "--job-name=keye-probe", "--nodes=1", "--ntasks=1", f"--nodelist={node}", "--overlap", "--quiet",
+        "bash", f"{root}/launch/sweep.sh", run_dir,
+    ]  # fmt: skip
+
+
+def answering(nodes: Sequence[str], root: str, run_dir: str) -> list[str]:
+    """Those of `nodes` on which a step can still be run."""
+    with ThreadPoolExecutor(PROBES_AT_A_TIME) as pool:
+        answers = pool.map(lambda node: _succeeds(probe_command(node, root, run_dir), PROBE_TIMEOUT_S), nodes)
+        return [node for node, answer in zip(nodes, answers, strict=True) if answer]
+
+
+def hostnames(nodelist: str) -> list[str]:
+    """`gpu[1-3]` as three names. Raises KeyeError."""
+    return _call(["scontrol", "show", "hostnames", nodelist]).split()
+
+
+def show_job(job: str) -> str:
+    """What SLURM knows of a job, as one line; empty where it does not answer."""
+    try:
+        return _call(["scontrol", "-o", "show", "job", job])
+    except KeyeError:
+        return ""
+
+
+def end_time_s(shown: str) -> float:
+    """When the job's time is over, in seconds since the epoch; infinity where it has no limit."""
+    try:
+        return datetime.fromisoformat(_field(shown, "EndTime")).timestamp()
+    except ValueError:
+        return float("inf")
+
+
+def fate_of(shown: str, restarts: int, limit_s: float) -> Fate:
+    """What becomes of a job that started `restarts` times before and may run until `limit_s`.
+
+    While its processes are being ended SLURM calls a job COMPLETING, whether it was cancelled, requeued or ran out of time.
+    """
+    state = _field(shown, "JobState")
+    if int(_field(shown, "Restarts") or restarts) > restarts or state in ("PENDING", "REQUEUED"):
+        return "requeued"
+    if state == "TIMEOUT" or (state == "COMPLETING" and end_time_s(shown) >= limit_s):
+        return "timed_out"
+    return "cancelled" if state in ("CANCELLED", "COMPLETING") else "running"
+
+
+def end_step(job: str, name: str) -> None:
+    """SIGKILL to all steps of that name."""
+    for line in _call(["squeue", "--noheader", "--steps", f"--jobs={job}", "--format=%i %j"]).splitlines():
+        step, _, step_name = line.strip().partition(" ")
+        if step_name == name:
+            _succeeds(["scancel", "--signal=KILL", step], CALL_TIMEOUT_S)
+
+
+def requeue(job: str) -> None:
+    """Raises KeyeError where SLURM refuses."""
+    _call(["scontrol", "requeue", job])
+
+
+def submit(job: Job, exclude: Iterable[str] = (), after: str | None = None) -> str:
+    """The new job's id. Raises KeyeError where SLURM refuses."""
+    return _call(sbatch_command(job, exclude, after)).strip().split(";")[0]
+
+
+def queued_jobs(run_dir: str) -> list[str]:
+    """Ids of jobs of this user that are waiting or running for `run_dir`, which their comment names."""
+    lines = (line.split(maxsplit=1) for line in _call(["squeue", "--noheader", "--me", "--format=%i %k"]).splitlines())
+    return [words[0] for words in lines if words[1:] == [run_dir]]
+
+
+def redirect_dependents(old: str, new: str) -> None:
+    """Jobs that wait for the success of `old` wait for `new` instead."""
+    for line in _call(["squeue", "--noheader", "--me", "--states=PENDING", "--format=%i %E"]).splitlines():
+        waiting, _, dependency = line.strip().partition(" ")
+        if re.search(rf"afterok:{old}\b", dependency):
+            _call(["scontrol", "update", f"JobId={waiting}", f"Dependency=afterok:{new}"])
+
+
+def _call(command: Sequence[str]) -> str:
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=CALL_TIMEOUT_S, check=False)
+    except (OSError, subprocess.TimeoutExpired) as error:
+        raise KeyeError(f"`{' '.join(command)}` could not be run: {error}") from error
+    if done.returncode:
+        raise KeyeError(f"`{' '.join(command)}` ended with {done.returncode}: {done.stderr.strip()}")
+    return done.stdout
+
+
+def _field(shown: str, name: str) -> str:
+    found = re.search(rf"(?:^|\s){name}=(\S*)", shown)
+    return found.group(1) if found else ""
+
+
+def _succeeds(command: Sequence[str], timeout_s: float) -> bool:
+    try:
+        return subprocess.run(command, capture_output=True, timeout=timeout_s, check=False).returncode == 0
+    except subprocess.TimeoutExpired:
+        return False
+
+
+def _gpus(job: Job) -> list[str]:
+    return [f"--{job.site.gpu_option}={job.gpus_per_node}"] if job.site.gpu_option else []
+
+
+def _given(site: Site, *names: str) -> list[str]:
+    values = {"partition": site.partition, "account": site.account, "qos": site.qos}
+    return [f"--{name}={values[name]}" for name in names if values[name]]
+
+
+def _excluding(nodes: Iterable[str]) -> list[str]:
+    names = ",".join(sorted(nodes))
+    return [f"--exclude={names}"] if names else []
+
+
+def _pyxis(site: Site) -> list[str]:
+    if site.container != "pyxis":
+        return []
+    return [f"--container-image={site.image}", *([f"--container-mounts={site.mounts}"] if site.mounts else [])]
+
+
+def _apptainer(site: Site) -> list[str]:
+    if site.container != "apptainer":
+        return []
+    return ["apptainer", "exec", "--nv", *([f"--bind={site.mounts}"] if site.mounts else []), site.image]

@@ -1,0 +1,171 @@
+"""launch/train.sh: check a run, write down what its job will do, and submit it. The same command again goes on with the run."""
+
+import argparse
+import os
+import shlex
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from megatron_keye.config.derive import require_valid
+from megatron_keye.config.load import dump_config, load_config
+from megatron_keye.config.schema import RunConfig
+from megatron_keye.errors import KeyeError, SettingsError
+from megatron_keye.train.run_dir import RunDir, write_atomically
+from megatron_keye.train.supervise import slurm
+from megatron_keye.train.supervise.decide import Policy
+from megatron_keye.train.supervise.job import Job, Site
+from megatron_keye.train.supervise.journal import Journal
+
+HELP = """Submit a training run to SLURM. The same command again goes on where the run was, or says that it is queued, running or complete.
+
+What differs between clusters is in launch/site.env (copy launch/site.env.example)."""
+EXAMPLES = """\
+examples:
+  launch/train.sh keye_vl_1_5_8b --nodes 8 --run-dir /shared/runs/8b --set data.train=/shared/train data.tokenizer=/shared/tokenizer
+  launch/train.sh keye_vl_1_5_8b --nodes 8 --run-dir /shared/runs/8b --dry-run       # shows everything, submits nothing
+  launch/train.sh keye_vl_1_5_8b --nodes 8 --min-nodes 6 --spare-nodes 1 ...         # goes on with fewer nodes when some are lost
+  launch/status.sh /shared/runs/8b                                                   # how it is doing
+  touch /shared/runs/8b/STOP                                                         # ends at the next step, with a checkpoint"""
+
+
+def main(argv: Sequence[str]) -> int:
+    try:
+        args = _parser().parse_args(argv)
+        job, config = make_job(args)
+        return _show(job) if args.dry_run else _submit(job, config, args.after)
+    except KeyeError as error:
+        print(f"launch/train.sh: error: {error}", file=sys.stderr)
+        return error.exit_code
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="launch/train.sh", description=HELP, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    add = parser.add_argument
+    add("settings", metavar="SETTINGS", help="recipe name or path of a YAML file")
+    add("--nodes", type=int, default=1, metavar="N")
+    add("--gpus-per-node", type=int, default=8, metavar="G", help="ranks of one node (default: 8)")
+    add("--run-dir", metavar="DIR", help="on a file system that all nodes share (default: runs/NAME of the settings)")
+    add("--set", dest="overrides", metavar="NAME=VALUE", action="extend", nargs="+", default=[], help="change settings by dotted name")
+    add("--time", default="1-00:00:00", metavar="T", help="time limit of one job, as SLURM writes it (default: 1-00:00:00)")
+    add("--lead-s", type=int, default=300, metavar="S", help="ask the run to stop this long before the limit (default: 300)")
+    add("--min-nodes", type=int, metavar="M", help="go on with as few nodes when others are lost (default: N)")
+    add("--spare-nodes", type=int, default=0, metavar="K", help="ask for K nodes more, to replace lost ones (default: 0)")
+    add("--preflight", choices=("off", "basic", "full"), default="basic", help="checks of the nodes before a job's first attempt")
+    add("--after", metavar="JOB", help="wait for the success of this job")
+    add("--max-failures", type=int, default=20, metavar="F", help="attempts that may fail in all (default: 20)")
+    add("--backoff-s", type=float, default=10.0, metavar="S", help="wait before a second try without progress, then doubled (default: 10)")
+    add("--dry-run", action="store_true", help="show settings, environment and commands; submit nothing")
+    return parser
+
+
+def make_job(args: argparse.Namespace) -> tuple[Job, RunConfig]:
+    """Raises SettingsError where the settings do not fit the number of processes."""
+    config = load_config(args.settings, args.overrides)
+    name = Path(args.settings).stem
+    run_dir = Path(args.run_dir or f"runs/{name}").absolute()
+    require_valid(config, args.nodes * args.gpus_per_node)
+    settings = args.settings if not Path(args.settings).exists() else str(Path(args.settings).absolute())
+    overrides = ("--set", *args.overrides) if args.overrides else ()
+    job = Job(
+        name=f"keye-{run_dir.name}",
+        root=os.environ["KEYE_ROOT"],
+        run_dir=str(run_dir),
+        python=os.environ["KEYE_PYTHON"],
+        arguments=("train", settings, "--run-dir", str(run_dir), *overrides),
+        nodes=args.nodes,
+        spare_nodes=args.spare_nodes,
+        gpus_per_node=args.gpus_per_node,
+        time_limit=args.time,
+        lead_s=args.lead_s,
+        preflight=args.preflight,
+        hang_s=config.train.hang_timeout_s,
+        slow_phase_s=config.train.slow_phase_timeout_s,
+        policy=Policy(
+            node_counts=node_counts(config, args.nodes, args.min_nodes or args.nodes, args.gpus_per_node),
+            max_failures=args.max_failures,
+            backoff_s=args.backoff_s,
+            min_time_left_s=args.lead_s + 60.0,
+        ),
+        site=site_from_environment(os.environ),
+    )
+    return job, config
+
+
+def node_counts(config: RunConfig, nodes: int, min_nodes: int, gpus_per_node: int) -> tuple[int, ...]:
+    """The numbers of nodes from `nodes` down to `min_nodes` with which the settings can run. Raises SettingsError without any."""
+    if not 1 <= min_nodes <= nodes:
+        raise SettingsError(f"--min-nodes is {min_nodes}: expected 1 to {nodes}, the number of nodes")
+    counts = []
+    for count in range(nodes, min_nodes - 1, -1):
+        try:
+            require_valid(config, count * gpus_per_node)
+        except SettingsError:
+            continue
+        counts.append(count)
+    return tuple(counts)
+
+
+def site_from_environment(environment: dict[str, str]) -> Site:
+    """What launch/site.env set. Raises SettingsError for values that cannot be."""
+    value = {name.removeprefix("SITE_"): text for name, text in environment.items() if name.startswith("SITE_") and text}
+    container = value.get("CONTAINER", "")
+    if container not in ("", "pyxis", "apptainer"):
+        raise SettingsError(f"SITE_CONTAINER is {container!r} in launch/site.env: expected pyxis, apptainer, or nothing")
+    if container and "IMAGE" not in value:
+        raise SettingsError(f"SITE_CONTAINER is {container} in launch/site.env: expected SITE_IMAGE beside it")
+    cpus = value.get("CPUS_PER_NODE", "8")
+    if not cpus.isdigit() or not int(cpus):
+        raise SettingsError(f"SITE_CPUS_PER_NODE is {cpus!r} in launch/site.env: expected a number > 0")
+    return Site(
+        partition=value.get("PARTITION", ""),
+        account=value.get("ACCOUNT", ""),
+        qos=value.get("QOS", ""),
+        cpus_per_node=int(cpus),
+        gpu_option="" if value.get("GPU_OPTION") == "none" else value.get("GPU_OPTION", "gpus-per-node"),
+        container=container,
+        image=value.get("IMAGE", ""),
+        mounts=value.get("MOUNTS", ""),
+        sbatch_options=tuple(shlex.split(value.get("SBATCH_OPTIONS", ""))),
+        srun_options=tuple(shlex.split(value.get("SRUN_OPTIONS", ""))),
+    )
+
+
+def _show(job: Job) -> int:
+    print(f"# {job.run_dir}/job.json\n{job.to_json()}")
+    print(f"# submitted\n{shlex.join(slurm.sbatch_command(job))}\n")
+    print(f"# run by it once on each node\n{shlex.join(slurm.srun_command(job, [f'NODE{i}' for i in range(job.nodes)]))}\n")
+    print(f"# {job.root}/launch/train.sbatch\n{(Path(job.root) / 'launch/train.sbatch').read_text(encoding='utf-8')}")
+    return 0
+
+
+def _submit(job: Job, config: RunConfig, after: str | None) -> int:
+    run_dir = RunDir(job.run_dir)
+    if run_dir.is_done:
+        print(f"{run_dir.path} is complete; choose another --run-dir to train again")
+        return 0
+    if queued := slurm.queued_jobs(job.run_dir):
+        print(f"{run_dir.path} is already in job {', '.join(queued)}")
+        return 0
+    run_dir.create()
+    job.save()
+    write_atomically(run_dir.config, dump_config(config))
+    _write_origin(job)
+    job_id = slurm.submit(job, after=after)
+    Journal(run_dir.path).submitted(job_id)
+    print(f"job {job_id}: {run_dir.path}, log in {run_dir.path}/train.log")
+    return 0
+
+
+def _write_origin(job: Job) -> None:
+    """The revision of the program, and what was changed since."""
+    for name, command in (("revision", ("rev-parse", "HEAD")), ("changes.diff", ("diff", "HEAD"))):
+        done = subprocess.run(["git", "-C", job.root, *command], capture_output=True, text=True, check=False)
+        write_atomically(Path(job.run_dir) / name, done.stdout if done.returncode == 0 else "not a git checkout\n")
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,107 @@
+"""The batch shell's place in a training job: one attempt after the other, and what is to be done between them."""
+
+import signal
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+
+from megatron_keye.errors import KeyeError
+from megatron_keye.train.run_dir import RunDir
+from megatron_keye.train.supervise import slurm
+from megatron_keye.train.supervise.attempt import Allocation, Asked, Result, RunningAttempt
+from megatron_keye.train.supervise.decide import Action, Ending, Observed, cause_of, choose_nodes, decide
+from megatron_keye.train.supervise.diagnosis import write_diagnosis
+from megatron_keye.train.supervise.evidence import Evidence, saved_step
+from megatron_keye.train.supervise.journal import Attempt, Journal
+
+
+class Supervisor:
+    """One start of a job."""
+
+    def __init__(self, allocation: Allocation):
+        self._allocation = allocation
+        self._job, self._job_id = allocation.job, allocation.job_id
+        self._run_dir = RunDir(self._job.run_dir)
+        self._journal = Journal(self._run_dir.path)
+        self._asked = Asked()
+
+    def run(self) -> int:
+        """Attempts until the run is over for this job. Returns the job's exit code."""
+        signal.signal(signal.SIGUSR1, lambda *_: self._asked.ask("time_limit"))
+        signal.signal(signal.SIGTERM, lambda *_: self._asked.ask("preempted"))
+        self._close_vanished()
+        nodes = choose_nodes(self._allocation.nodes, self._job.policy.node_counts)
+        while not self._run_dir.is_done:
+            number = max((attempt.number for attempt in self._journal.attempts()), default=0) + 1
+            result = self._attempt(number, nodes)
+            ending, action = self._next(result.ending)
+            self._journal.ended(number, time.time(), ending, action)
+            self._say(f"{action.kind}: {action.reason}")
+            if action.kind != "restart":
+                return self._leave(action, replace(result, ending=ending))
+            nodes = action.nodes
+        self._say(f"{self._run_dir.path} is complete")
+        return 0
+
+    def _attempt(self, number: int, nodes: Sequence[str]) -> Result:
+        first_step = saved_step(self._run_dir)
+        self._journal.began(Attempt(number, self._job_id, tuple(nodes), time.time(), first_step))
+        self._say(f"attempt {number} on {', '.join(nodes)}, from step {first_step}")
+        return RunningAttempt(self._allocation, number, nodes, self._asked).run()
+
+    def _next(self, ending: Ending) -> tuple[Ending, Action]:
+        """The decision; a pause before a restart is part of it, since the job may be told to end meanwhile."""
+        action = self._decide(ending)
+        if action.kind == "restart" and action.delay_s:
+            self._say(f"{action.reason}, in {action.delay_s:.0f} s")
+            self._pause(action.delay_s)
+            if self._asked.to_stop:
+                seen = Observed(self._run_dir.is_done, self._allocation.fate(), self._asked.to_stop)
+                ending = replace(ending, cause=cause_of(seen))
+                action = self._decide(ending)
+        return ending, action
+
+    def _decide(self, ending: Ending) -> Action:
+        history = [*self._journal.endings(), ending]
+        return decide(history, self._allocation.nodes, self._allocation.time_left_s(), self._job.policy)
+
+    def _pause(self, seconds: float) -> None:
+        until_s = time.monotonic() + seconds
+        while time.monotonic() < until_s and not self._asked.to_stop:
+            time.sleep(0.2)
+
+    def _leave(self, action: Action, result: Result) -> int:
+        """End this job: with a diagnosis, or with the run in the queue again."""
+        match action.kind:
+            case "stop":
+                path = write_diagnosis(self._run_dir, result, action, self._journal)
+                self._say(f"diagnosis in {path}")
+            case "requeue":
+                self._requeue()
+            case "resubmit":
+                self._resubmit(action.exclude)
+        return action.exit_code
+
+    def _requeue(self) -> None:
+        try:
+            slurm.requeue(self._job_id)
+        except KeyeError as error:
+            self._say(f"{error}; submitting a new job instead")
+            self._resubmit(())
+
+    def _resubmit(self, exclude: Sequence[str]) -> None:
+        job_id = slurm.submit(self._job, exclude)
+        slurm.redirect_dependents(self._job_id, job_id)
+        self._say(f"job {job_id} goes on, without {', '.join(exclude) or 'leaving out any node'}")
+
+    def _close_vanished(self) -> None:
+        """An attempt without an ending lost its host, and with it its supervisor."""
+        for attempt in self._journal.attempts():
+            if attempt.ending is None:
+                last_step = Evidence(self._run_dir, attempt.number).last_step()
+                ending = Ending("vanished", attempt.first_step, saved_step(self._run_dir), last_step)
+                action = Action("requeue", "the host of the supervisor was lost, or killed it")
+                self._journal.ended(attempt.number, time.time(), ending, action)
+
+    def _say(self, message: str) -> None:
+        print(f"[{time.strftime('%Y-%m-%d %H:%M:%S')} supervisor {self._job_id}] {message}", flush=True)

@@ -1,0 +1,74 @@
+"""A run that is told to end, by people and by SLURM, against one that was left alone."""
+
+import os
+import signal
+
+import pytest
+
+from tests.slurm.conftest import Drill
+
+pytestmark = pytest.mark.slurm
+
+
+def test_a_run_that_nothing_happens_to(drill: Drill, undisturbed):
+    job = drill.submit()
+    drill.wait_for_step(1)
+    assert f"is already in job {job}" in drill.launch()
+    drill.wait_for_end_of(job)
+    assert drill.cluster.job(job, "ExitCode") == "0:0"
+    assert drill.causes() == ["done"]
+    drill.assert_like(undisturbed)
+    assert "is complete" in drill.launch()
+
+
+def test_scancel_saves_and_the_same_command_goes_on(drill: Drill, undisturbed):
+    job = drill.submit()
+    drill.wait_for_step(30)
+    drill.cluster.run("scancel", job)
+    drill.wait_until(lambda: drill.causes() == ["cancelled"], "the end of the attempt")
+    (ending,) = drill.endings()
+    assert ending.saved_step == ending.last_step >= 30, "it saved where it was"
+    drill.submit()
+    drill.wait_until_done()
+    drill.assert_like(undisturbed)
+
+
+def test_the_signal_before_the_time_limit_twice(drill: Drill, undisturbed):
+    """SLURM sends the batch shell alone this signal; the job puts itself into the queue again."""
+    job = drill.submit()
+    for step in (20, 60):
+        drill.wait_for_step(step)
+        drill.cluster.run("scancel", "--batch", "--signal=USR1", job)
+        drill.wait_until(lambda step=step: drill.causes() == ["time_limit"] * (1 + (step == 60)), "the end of the attempt")
+    drill.wait_for_end_of(job)
+    assert drill.cluster.job(job, "Restarts") == "2"
+    assert drill.causes() == ["time_limit", "time_limit", "done"]
+    assert all(ending.saved_step == ending.last_step for ending in drill.endings())
+    drill.assert_like(undisturbed)
+
+
+def test_requeue(drill: Drill, undisturbed):
+    job = drill.submit()
+    drill.wait_for_step(30)
+    drill.cluster.run("scontrol", "requeue", job)
+    drill.wait_for_end_of(job)
+    assert drill.causes() == ["requeued", "done"]
+    drill.assert_like(undisturbed)
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_rank_is_killed(drill: Drill, undisturbed, rank):
+    job = drill.submit()
+    drill.wait_for_step(30)
+    (worker,) = ranks_on(drill, f"gpu{rank + 1}")
+    os.kill(worker, signal.SIGKILL)
+    drill.wait_for_end_of(job)
+    assert drill.causes() == ["crash", "done"]
+    assert drill.endings()[0].culprit == f"gpu{rank + 1}"
+    drill.assert_little_lost()
+    drill.assert_like(undisturbed)
+
+
+def ranks_on(drill: Drill, node: str) -> list[int]:
+    launchers = drill.cluster.processes(node, "run_ranks.py")
+    return [pid for pid in drill.cluster.processes(node, "megatron_keye.train.cli train") if pid not in launchers]
