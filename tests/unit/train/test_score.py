@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file
 from torch import nn
 from transformers import PaddleOCRVLConfig, PreTrainedTokenizerFast
 from transformers.models.paddleocr_vl.modeling_paddleocr_vl import PaddleOCRProjector
@@ -24,7 +25,6 @@ from megatron_keye.train import cli
 from megatron_keye.train.inference import SampleScore
 from megatron_keye.train.scoring import write_scores
 from tests.unit.checkpoint.hf_folder import (
-    CHAT_TEMPLATE,
     PREPROCESSOR,
     paddleocr_vision,
     qwen3,
@@ -98,19 +98,21 @@ class ChunkedRotary(nn.Module):
 
 
 class Composition:
-    """Keye-VL from PaddleOCR-VL's ViT and projector or Qwen3-VL's merger, Qwen3, and the folder's tokenizer and template."""
+    """Keye-VL from PaddleOCR-VL's ViT and projector or Qwen3-VL's merger, Qwen3, and the folder's weights, tokenizer and template."""
 
     def __init__(self, folder: Path, variant: str):
         self.variant, model = variant, small_model(variant)
-        weights = tensors_of(model)
+        weights = {name: tensor for path in folder.glob("*.safetensors") for name, tensor in load_file(path).items()}
         self.decoder = qwen3(model)
         self.decoder.load_state_dict({n: t for n, t in weights.items() if n.startswith(("model.", "lm_head."))}, strict=True)
         self.stock_rotary, self.rotary = self.decoder.model.rotary_emb, ChunkedRotary(model.decoder)
         self.vision = paddleocr_vision(model)
         tower = {n.removeprefix("visual.vision_model."): t for n, t in weights.items() if n.startswith("visual.")}
-        self.vision.load_state_dict(tower, strict=False)
+        unfit = self.vision.load_state_dict(tower, strict=False)
+        assert not unfit.missing_keys and all(name.startswith(("head.", "embeddings.packing_")) for name in unfit.unexpected_keys)
         self.projector = self._projector(model, {n.removeprefix("mlp_AR."): t for n, t in weights.items() if n.startswith("mlp_AR.")})
-        self.tokenizer = PreTrainedTokenizerFast.from_pretrained(folder, local_files_only=True, chat_template=CHAT_TEMPLATE)
+        template = json.loads((folder / "chat_template.json").read_text())["chat_template"]
+        self.tokenizer = PreTrainedTokenizerFast.from_pretrained(folder, local_files_only=True, chat_template=template)
 
     def _projector(self, model, weights):
         width, out = model.vision.hidden_size, model.decoder.hidden_size
