@@ -22,7 +22,9 @@ setup(
         "transformers>=5.23",
         "tokenizers",
         "safetensors",
+        "aiohttp",
         "av",
+        "fsspec",
         "h11>=0.16",
         "opencv-python-headless",
         "pillow",
@@ -33,6 +35,7 @@ setup(
     ],
     extras_require={
         "gpu": ["transformer-engine[pytorch]", "flash-attn"],
+        "s3": ["s3fs"],  # data sets at s3:// URLs; other stores have fsspec packages of their own
         "dali": ["nvidia-dali-cuda120"],
         "fast": ["numba"],  # compiled planning, worth it from hundreds of replicas on
         "dev": ["pytest", "pytest-xdist", "hypothesis", "ruff", "keye-vl-utils==1.5.2", "einops", "numba"],

@@ -91,6 +91,7 @@ def check_settings(config: RunConfig) -> list[str]:
         *_check_stages(config),
         *_check_lengths(config),
         *_check_media(config),
+        *_check_places(config),
         *_check_training(config),
     ]
 
@@ -199,6 +200,12 @@ def _check_media(config: RunConfig) -> Iterator[str]:
         yield f"data.video.min_frame_tokens = {lowest} is above data.video.max_frame_tokens = {highest}: exchange them"
     if lowest is not None and video.total_tokens is not None and lowest > video.total_tokens:
         yield f"data.video.min_frame_tokens = {lowest} is above data.video.total_tokens = {video.total_tokens}: no frame would fit"
+
+
+def _check_places(config: RunConfig) -> Iterator[str]:
+    data = config.data
+    if (data.media.servers or data.media.registry is not None) and "://" in f"{data.train} {data.valid}":
+        yield "data.media names I/O servers, which read files alone, and data.train or data.valid is a URL: use one or the other"
 
 
 def _check_training(config: RunConfig) -> Iterator[str]:

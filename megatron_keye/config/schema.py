@@ -164,6 +164,21 @@ class MediaConfig(Section):
     """Longest pause while an answer arrives."""
 
 
+class StorageConfig(Section):
+    """Reading data sets that lie at URLs. Folders are read as they are."""
+
+    cache: str = "~/.cache/megatron_keye"
+    """Folder for fetched indices and for bytes of shards; best on a disk of the node."""
+    cache_bytes: NonNegative = 64 << 30
+    """Most bytes of shards that are kept there; 0 keeps none."""
+    attempts: Positive = 6
+    """Tries of a request before the run ends."""
+    first_pause_s: PositiveFloat = 0.5
+    """Longest pause after the first try; doubled after each, up to 30 s."""
+    timeout_s: PositiveFloat = 60.0
+    """Longest pause while a server answers over HTTP."""
+
+
 class LoaderConfig(Section):
     """Processes that read and decode samples for a replica. None of it changes what a run computes."""
 
@@ -209,9 +224,10 @@ class DataConfig(Section):
     """Where samples come from and how they fill steps."""
 
     train: str
-    """Folder with shards and index of the training set, or a YAML file that mixes several by weights or token shares."""
+    """Folder or URL (s3://, https://, ...) with shards and index of the training set, or a YAML file that mixes several by weights or token
+    shares."""
     valid: str | None = None
-    """Folder of the held-out set; None evaluates nothing."""
+    """Folder or URL of the held-out set; None evaluates nothing."""
     tokenizer: str
     """Folder of a Hugging Face tokenizer that has the variant's special tokens."""
     seq_length_tokens: Positive
@@ -233,6 +249,7 @@ class DataConfig(Section):
     decode_threads: Positive = 2
     """Threads that decode in the leader itself, where data.loader.workers is 0, and in evaluation and scoring."""
     loader: LoaderConfig = LoaderConfig()
+    storage: StorageConfig = StorageConfig()
     media: MediaConfig = MediaConfig()
     bad_sample: Literal["stop", "skip"] = "stop"
     """What a sample that cannot be read does: stop the run, or leave its slot empty, with its reason in the ledger."""

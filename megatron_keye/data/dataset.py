@@ -48,19 +48,13 @@ class Dataset:
 
     @classmethod
     def open(cls, folder: str | Path, tokenizer: KeyeTokenizer, variant: Variant, data_config: DataConfig) -> "Dataset":
-        """Open the indexed shards of `folder`.
+        """Open the indexed shards of `folder`, which may be a URL.
 
         Raises DataError for a missing folder, a missing, damaged or outdated index, missing or truncated shards, and where no sample
-        is usable.
+        is usable; SettingsError for a URL that cannot be used, UnreachableError for one that does not answer.
         """
-        folder = Path(folder)
-        if not folder.is_dir():
-            raise DataError(
-                f"no data set at {folder}: no such folder; write one with data_tools/make_shards.py INPUT.jsonl {folder} and "
-                f"data_tools/index_shards.py {folder}, or make the demo data with `make data`"
-            )
         rules = media_rules(data_config.image, data_config.video, variant)
-        index = open_index(folder)
+        index = open_index(folder, data_config.storage)
         _check_made(folder, index.made, made_with(tokenizer.fingerprint, rules))
         _check_sampling(folder, index, rules)
         limit_tokens = row_limit_tokens(data_config.seq_length_tokens, data_config.pad_multiple_tokens)
@@ -223,7 +217,7 @@ def _sizes_as_indexed(made: Made, rules: MediaRules) -> bool:
     return made.image == image and made.video == asdict(rules.video)
 
 
-def _check_made(folder: Path, then: Made, now: Made) -> None:
+def _check_made(folder: str | Path, then: Made, now: Made) -> None:
     """Raises DataError where tokens, frames or pixels would not be those that were indexed."""
     then_values, now_values = _comparable(then), _comparable(now)
     changed = [f"{name} (then {then_values[name]}, now {now_values[name]})" for name in now_values if then_values[name] != now_values[name]]
@@ -238,7 +232,7 @@ def _comparable(made: Made) -> dict[str, object]:
     return values | {f"video.{name}": video[name] for name in TAGGING_RULES}
 
 
-def _check_sampling(folder: Path, index: Index, rules: MediaRules) -> None:
+def _check_sampling(folder: str | Path, index: Index, rules: MediaRules) -> None:
     """Raises DataError where the settings would take other frames of a video than those that were indexed."""
     now = asdict(rules.video)
     if all(index.made.video[name] == now[name] for name in SAMPLING_RULES):

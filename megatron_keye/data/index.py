@@ -13,8 +13,10 @@ from typing import Any
 
 import numpy as np
 
+from megatron_keye.config.schema import StorageConfig
 from megatron_keye.data.fit import SampleFacts
 from megatron_keye.data.items import Frames, Item, MediaRules
+from megatron_keye.data.locations import open_store
 from megatron_keye.data.media.video import DECODER_ID
 from megatron_keye.data.shards import Span
 from megatron_keye.data.storage import LocalStore, Store
@@ -24,6 +26,7 @@ from megatron_keye.plan.table import SampleTable
 
 FORMAT_VERSION = 2
 INDEX_FOLDER = "index"
+DEFAULT_STORAGE = StorageConfig()
 META_FILE = "index.json"
 IMAGE, VIDEO = 0, 1
 ITEM_OPTIONS = ("min_pixels", "max_pixels", "resized_height", "resized_width", "total_pixels", "fps", "max_frames")
@@ -221,24 +224,36 @@ class Index:
         return Item(int(row["height"]), int(row["width"]), options, frames)
 
 
-def open_index(folder: Path) -> Index:
-    """The index of the data set in `folder`. Raises DataError where it is absent or damaged, or a shard is missing or has
-    another length than when it was indexed."""
-    path = folder / INDEX_FOLDER
-    remedy = f"run data_tools/index_shards.py {folder}"
-    if not (path / META_FILE).is_file():
-        raise DataError(f"no index at {path}; {remedy}")
+def open_index(location: str | Path, storage: StorageConfig = DEFAULT_STORAGE) -> Index:
+    """The index of the data set at a folder or URL. Raises DataError where it is absent or damaged, or a shard is missing or has
+    another length than when it was indexed; else as `open_store` does."""
+    store = open_store(location, storage)
+    remedy = f"run data_tools/index_shards.py {location if isinstance(store, LocalStore) else 'FOLDER'}"
+    address = store.address(INDEX_FOLDER)
+
+    def verify(folder: Path) -> None:
+        """Raises DataError where a table that was fetched is not the one that was written."""
+        meta = _read_meta(folder, address, remedy)
+        for name, expected in meta["sha256"].items():
+            if hashlib.sha256(np.load(folder / f"{name}.npy", allow_pickle=False)).hexdigest() != expected:
+                raise ValueError(f"{name}.npy does not have the checksum that {META_FILE} gives it")
+
     try:
-        meta = json.loads((path / META_FILE).read_text(encoding="utf-8"))
-        if meta["format"] != FORMAT_VERSION:
-            raise DataError(f"{path} has format {meta['format']}, expected {FORMAT_VERSION}; {remedy} again")
+        path = store.folder_here(INDEX_FOLDER, [META_FILE, *(f"{name}.npy" for name in TABLES)], verify)
+        meta = _read_meta(path, address, remedy)
         tables = {name: _open_table(path, name, meta["rows"][name]) for name in TABLES}
-        index = Index(LocalStore(folder), meta, tables)
+        index = Index(store, meta, tables)
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise DataError(f"the index at {path} is damaged ({type(error).__name__}: {error}); {remedy} again") from error
-    for shard in meta["shards"]:
-        _check_shard(folder / shard["name"], shard["bytes"], remedy)
+        raise DataError(f"the index at {address} is damaged ({type(error).__name__}: {error}); {remedy} again") from error
+    store.check_lengths({shard["name"]: shard["bytes"] for shard in meta["shards"]}, remedy)
     return index
+
+
+def _read_meta(folder: Path, address: str, remedy: str) -> dict[str, Any]:
+    meta = json.loads((folder / META_FILE).read_text(encoding="utf-8"))
+    if meta["format"] != FORMAT_VERSION:
+        raise DataError(f"{address} has format {meta['format']}, expected {FORMAT_VERSION}; {remedy} again")
+    return meta
 
 
 def _open_table(path: Path, name: str, num_rows: int) -> np.ndarray:
@@ -248,14 +263,3 @@ def _open_table(path: Path, name: str, num_rows: int) -> np.ndarray:
     if table.dtype != TABLES[name] or table.shape != (num_rows,):
         raise ValueError(f"{file} does not have {num_rows} rows of the {name} table's columns")
     return table
-
-
-def _check_shard(shard: Path, num_bytes: int, remedy: str) -> None:
-    if not shard.is_file():
-        raise DataError(f"{shard} is missing; restore it, or {remedy} for what is there")
-    found = shard.stat().st_size
-    if found != num_bytes:
-        raise DataError(
-            f"{shard} has {found} bytes, but had {num_bytes} when it was indexed: it is truncated or was changed; "
-            f"restore it, or {remedy} again"
-        )

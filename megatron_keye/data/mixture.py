@@ -21,6 +21,7 @@ from megatron_keye.config.schema import DataConfig, Variant
 from megatron_keye.config.strict_yaml import parse_yaml
 from megatron_keye.contract.media import SampleShape
 from megatron_keye.data.dataset import Dataset, Shapes
+from megatron_keye.data.locations import is_url
 from megatron_keye.data.record import Record
 from megatron_keye.data.stored import StoredMedium
 from megatron_keye.data.tokenize import ItemLayout, TokenizedSample
@@ -160,7 +161,7 @@ def open_samples(location: str, tokenizer: KeyeTokenizer, variant: Variant, data
 
     Raises DataError for a mixture file that cannot be used, and as `Dataset.open` does; PlanError where no weights give the token shares.
     """
-    wanted = read_mixture(Path(location))
+    wanted = read_mixture(location)
     parts = [Dataset.open(part.path, tokenizer, variant, data) for part in wanted.sources]
     totals = [
         SourceTotals(source.name, len(part), part.tokens_by_modality()) for source, part in zip(wanted.sources, parts, strict=True)
@@ -174,13 +175,14 @@ def open_samples(location: str, tokenizer: KeyeTokenizer, variant: Variant, data
     return MixedDataset([part.name for part in wanted.sources], parts, weights)
 
 
-def read_mixture(path: Path) -> MixtureFile:
-    """The mixture in a YAML file, its paths made relative to where the program runs; of one source where `path` is no YAML file.
+def read_mixture(location: str | Path) -> MixtureFile:
+    """The mixture in a YAML file, its paths made relative to where the program runs; of one source where `location` is no YAML file.
 
     Raises DataError, with every problem.
     """
+    path = Path(location)
     if path.suffix not in MIXTURE_SUFFIXES:
-        return MixtureFile(sources=(Part(name=ONLY_SOURCE, path=str(path)),))
+        return MixtureFile(sources=(Part(name=ONLY_SOURCE, path=str(location)),))
     try:
         found = MixtureFile.model_validate(parse_yaml(path.read_text(encoding="utf-8")))
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
@@ -192,5 +194,6 @@ def read_mixture(path: Path) -> MixtureFile:
     repeated = sorted({name for name in names if names.count(name) > 1})
     if repeated:
         raise DataError(f"the mixture {path} has several sources called {', '.join(repeated)}; give each a name of its own")
-    sources = tuple(part.model_copy(update={"path": str(path.parent / part.path)}) for part in found.sources)
+    places = (part.path if is_url(part.path) else str(path.parent / part.path) for part in found.sources)
+    sources = tuple(part.model_copy(update={"path": place}) for part, place in zip(found.sources, places, strict=True))
     return found.model_copy(update={"sources": sources})

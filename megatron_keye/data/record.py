@@ -2,7 +2,8 @@
 
 A chat is `{"id", "messages": [{"role", "content"}]}`, a document `{"id", "document"}`; content and document are a string or a
 list of parts: `{"type": "text", "text"}`, `{"type": "image", "image"}`, `{"type": "video", "video"}`. A medium is a path
-(relative to the JSONL file), a base64 data URI, or, inside a shard, `"member"`: the name of a file beside the record.
+(relative to the JSONL file), a web address, which is fetched when shards are written, a base64 data URI, or, inside a shard,
+`"member"`: the name of a file beside the record.
 
 Media stand where their parts stand. If a text of the same message holds placeholders (`<image>`, `<video>`, or those of the
 released template), the media fill these instead, in order; `"images"` and `"videos"` lists of the record do so throughout.
@@ -32,9 +33,9 @@ class Media:
     """An image or a video of a record: where its bytes are, and the limits it asks for."""
 
     kind: Literal["image", "video"]
-    origin: Literal["file", "inline", "member"]
+    origin: Literal["file", "web", "inline", "member"]
     address: str
-    """Path, base64 data URI, or name of the shard member."""
+    """Path, web address, base64 data URI, or name of the shard member."""
     options: Mapping[str, float] = field(default_factory=dict)
     sha256: str | None = None
     """Of the media bytes; known once they are in a shard."""
@@ -191,22 +192,24 @@ def _media(raw: dict[str, Any], where: str) -> Media:
     known = ("type", kind, "member", "sha256", *OPTIONS[kind])
     unknown = [name for name in raw if name not in known]
     if unknown:
-        raise DataError(
-            f"{where}: found unknown field {unknown[0]!r} of a {kind}{_nearest(unknown, known)}; known are {', '.join(known)}"
-        )
+        raise DataError(f"{where}: found unknown field {unknown[0]!r} of a {kind}{_nearest(unknown, known)}; known are {', '.join(known)}")
     address = raw.get("member", raw.get(kind))
     if not isinstance(address, str) or not address:
-        raise DataError(f"{where}: found {kind} {address!r:.80}, expected a path or a data URI in {kind!r}")
-    if address.startswith(("http://", "https://")):
-        raise DataError(f"{where}: found the network address {address:.80}, expected a local file; download it first")
+        raise DataError(f"{where}: found {kind} {address!r:.80}, expected a path, a web address or a data URI in {kind!r}")
     options = {name: raw[name] for name in OPTIONS[kind] if raw.get(name) is not None}
     for name, value in options.items():
         if isinstance(value, bool) or not isinstance(value, int | float) or not value > 0:
             raise DataError(f"{where}: found {name} {value!r}, expected a positive number")
     if ("resized_height" in options) != ("resized_width" in options):
         raise DataError(f"{where}: found only one of resized_height and resized_width, expected both or none")
-    origin = "member" if "member" in raw else "inline" if address.startswith("data:") else "file"
+    origin = "member" if "member" in raw else _origin(address)
     return Media(kind, origin, address.removeprefix("file://"), options, raw.get("sha256"))
+
+
+def _origin(address: str) -> str:
+    if address.startswith("data:"):
+        return "inline"
+    return "web" if address.startswith(("http://", "https://")) else "file"
 
 
 def _part_to_json(part: Part) -> dict[str, Any]:

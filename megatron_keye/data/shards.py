@@ -14,6 +14,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from megatron_keye.data.record import Media, Record, record_to_json
+from megatron_keye.data.web_media import web_bytes
 from megatron_keye.errors import DataError
 
 SHARD_PATTERN = "*.tar"
@@ -88,11 +89,13 @@ def check_sha256(blob: bytes, media: Media, where: str) -> None:
 
 
 def media_bytes(media: Media, folder: Path, where: str) -> bytes:
-    """Bytes of a medium that is not in a shard; a relative path is taken from `folder`."""
+    """Bytes of a medium that is not in a shard; a relative path is taken from `folder`, a web address is fetched."""
     if media.origin == "inline":
         return _inline_bytes(media.address, where)
     if media.origin == "member":
         raise DataError(f"{where}: found the member {media.address!r}, but the record is not in a shard; give a path or a data URI")
+    if media.origin == "web":
+        return web_bytes(media.address, where)
     path = folder / media.address
     try:
         blob = path.read_bytes()

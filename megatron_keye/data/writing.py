@@ -10,6 +10,7 @@ from pathlib import Path
 
 from megatron_keye.data.record import parse_record
 from megatron_keye.data.shards import encode_sample, media_bytes, parse_json
+from megatron_keye.data.web_media import web_num_bytes
 from megatron_keye.errors import DataError, KeyeError
 
 MAX_LISTED_PROBLEMS = 20
@@ -145,7 +146,9 @@ def _check(text: bytes, folder: Path, place: str) -> tuple[str, int]:
     media_num_bytes = 0
     for media in record.media:
         path = folder / media.address
-        if media.origin == "file" and path.is_file() and path.stat().st_size > 0:
+        if media.origin == "web":
+            media_num_bytes += web_num_bytes(media.address, f"{place}, record {record.id}")
+        elif media.origin == "file" and path.is_file() and path.stat().st_size > 0:
             media_num_bytes += path.stat().st_size
         else:
             media_num_bytes += len(media_bytes(media, folder, f"{place}, record {record.id}"))

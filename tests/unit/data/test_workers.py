@@ -13,9 +13,10 @@ import pytest
 
 from megatron_keye.config.load import load_config
 from megatron_keye.config.schema import LoaderConfig
-from megatron_keye.data.dataset import Dataset
 from megatron_keye.data.loader import ReplicaLoader
+from megatron_keye.data.mixture import open_samples
 from megatron_keye.data.sources import ThreadSource
+from megatron_keye.data.tokenizer import load_tokenizer
 from megatron_keye.data.workers import DecodeWorkers, SampleSet, WorkerSource
 from megatron_keye.errors import DataError, KeyeError, SettingsError, UnreachableError
 from megatron_keye.plan.types import Document, EncodeTask, ReplicaPlan, Row
@@ -220,11 +221,9 @@ def test_workers_end_with_their_parent_whatever_they_do(tmp_path, deed):
 
 @pytest.mark.parametrize("variant", ["keye_vl_1_5", "keye_vl_preview"])
 def test_real_workers_read_what_threads_read(indexed, tokenizer_folder, variant):
-    from megatron_keye.data.tokenizer import load_tokenizer
-
     given = load_config("debug").data
     config = given.model_copy(update={"tokenizer": str(tokenizer_folder), "seq_length_tokens": 8192})
-    dataset = Dataset.open(indexed[variant], load_tokenizer(tokenizer_folder, variant), variant, config)
+    dataset = open_samples(str(indexed[variant]), load_tokenizer(tokenizer_folder, variant), variant, config)
     pool = DecodeWorkers([SampleSet(str(indexed[variant]), variant, config, dataset.fingerprint)], LoaderConfig(workers=1))
     here, there = ThreadSource(dataset, 2, dataset.bytes_read), WorkerSource(pool, 0, dataset.sample_id)
     for sample in range(0, len(dataset), 3):
