@@ -108,10 +108,15 @@ class LedgerWriter:
         self._append(line)
 
     def flush(self) -> None:
-        """Return when all lines are on disk, as they must be before a checkpoint of their steps is."""
-        with self._path.open("ab") as file:
-            os.fsync(file.fileno())
-        flush_folder(self._path.parent)
+        """Return when all lines are on disk, as they must be before a checkpoint of their steps is. Raises LedgerError."""
+        try:
+            with self._path.open("ab") as file:
+                os.fsync(file.fileno())
+            flush_folder(self._path.parent)
+        except OSError as error:
+            raise LedgerError(
+                f"{self._path} cannot be written to disk ({error.strerror}): make room or repair it, and start again"
+            ) from error
 
     def _append(self, line: Line) -> None:
         line = chained(line, self.chain)

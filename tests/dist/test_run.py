@@ -395,6 +395,20 @@ def test_a_ledger_that_does_not_lead_to_the_checkpoint_is_refused_and_kept(tiny,
     assert RunDir(path).ledger.read_bytes() == before
 
 
+def test_a_checkpoint_is_not_made_before_its_ledger_is_on_disk(tiny, tmp_path):
+    def hook(training, phase, finished):
+        if phase == "save" and training.ledger is not None:
+            training.ledger.flush = full
+
+    def full():
+        raise LedgerError("no space left")
+
+    first, second = on_ranks("dp2", tiny.config(), _run_as, HookedTraining, tmp_path, hook)
+    assert first == ("LedgerError", 65, "no space left")
+    assert second[:2] == ("PeerError", 65)
+    assert steps_saved(tmp_path) == []
+
+
 def test_a_run_that_goes_on_in_another_directory_is_proved_with_both(tiny, tmp_path, straight, capfd):
     path = tmp_path / "run"
     shutil.copytree(RunDir(straight[0]).checkpoints, RunDir(path).checkpoints)

@@ -1,5 +1,7 @@
 """The ledger file: what is written, what every start keeps of it, and what `keye ledger` says of it."""
 
+import errno
+import os
 from collections import Counter
 from types import SimpleNamespace
 
@@ -139,6 +141,20 @@ def test_a_ledger_that_does_not_lead_to_the_checkpoint_is_left_as_it_is(run, dam
     with pytest.raises(LedgerError, match=r"ledger\.jsonl does not lead to the checkpoint after 6 steps: lines were lost or changed"):
         run.start(6)
     assert run.text == before
+
+
+def test_lines_are_on_disk_after_a_flush_or_it_says_why(run, monkeypatch):
+    flushed = []
+    monkeypatch.setattr("os.fsync", lambda number: flushed.append(os.readlink(f"/proc/self/fd/{number}")))
+    run.writer.flush()
+    assert flushed == [str(run.dir.ledger), str(run.dir.path)]
+
+    def full(number):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("os.fsync", full)
+    with pytest.raises(LedgerError, match=r"ledger\.jsonl cannot be written to disk \(No space left on device\): make room"):
+        run.writer.flush()
 
 
 def test_without_a_ledger_a_new_one_goes_on_from_the_checkpoint(run):
