@@ -35,8 +35,9 @@ FEWEST_ROUNDS = 2
 
 @dataclass(frozen=True)
 class Measurement:
-    """Median seconds of one part of a step, and the work that took them."""
+    """Median seconds of one part of a designed step, and the work that took them."""
 
+    step: str
     part: str
     work: Work
     seconds: float
@@ -46,21 +47,46 @@ def measure(
     config: RunConfig, runtime: Runtime, steps: Sequence[DesignedStep], budget_s: float, report: Callable[[int], None]
 ) -> list[Measurement]:
     """All measurements of all ranks, on every rank; each must call it. Begins no round that would end after `budget_s` by rank 0's
-    clock, except for the first counted one. `report` is told after each step how many were run."""
+    clock, except for the first counted one. Steps have different names. `report` is told after each step how many were run."""
     began_s, round_s, done = time.perf_counter(), 0.0, 0
     bench = _Bench(config, runtime)
     for number in range(ROUNDS):
         round_began_s = time.perf_counter()
         if number >= FEWEST_ROUNDS and _said_by_rank_0(round_began_s - began_s + round_s > budget_s, runtime):
             break
-        for place, step in enumerate(steps):
-            bench.run(place, step)
+        for step in steps:
+            bench.run(step)
             done += 1
             report(done)
         round_s = time.perf_counter() - round_began_s
     gathered: list = [None] * runtime.groups.world.size()
     dist.all_gather_object(gathered, bench.measurements(), group=runtime.groups.world)
     return [measurement for part in gathered for measurement in part]
+
+
+@dataclass(frozen=True)
+class BenchPlace:
+    """What a rank's measurements depend on besides its times: its place in its replica, and the pipeline."""
+
+    replica_rank: int
+    stages: int
+    chunks: int
+    trains_encoder: bool
+
+
+def rank_measurements(name: str, replica: ReplicaPlan, rounds: Sequence[dict[str, float]], place: BenchPlace) -> list[Measurement]:
+    """Of one designed step on one rank, from the seconds of each part in every round: of the ViT where the rank encoded anything, of the
+    decoder, per row, on the leader."""
+    seconds = {part: float(np.median([parts[part] for parts in rounds[1:]])) for part in PARTS}
+    found = []
+    encoded = vision_work(replica, place.replica_rank)
+    if encoded.items:
+        passes = ("vision_forward", "vision_backward") if place.trains_encoder else ("vision_forward",)
+        found += [Measurement(name, part, encoded, seconds[part]) for part in passes]
+    if place.replica_rank == 0:
+        rows = pipeline_rows(len(replica.rows), place.stages, place.chunks)
+        found += [Measurement(name, part, row_work(replica.rows[0]), seconds[part] / rows) for part in ("decoder", "decoder_forward")]
+    return found
 
 
 class _Bench:
@@ -71,12 +97,12 @@ class _Bench:
         self._cost = cost_model(config.model)
         self._model = build_model(config, runtime.groups, runtime.device)
         self._step = TrainStep(self._model, None)
-        self._replicas: dict[int, ReplicaPlan] = {}
-        self._laps: dict[int, list[dict[str, float]]] = defaultdict(list)
+        self._replicas: dict[str, ReplicaPlan] = {}
+        self._laps: dict[str, list[dict[str, float]]] = defaultdict(list)
 
-    def run(self, place: int, step: DesignedStep) -> None:
+    def run(self, step: DesignedStep) -> None:
         replica = designed_replica(step.samples, self._config, self._cost)
-        self._replicas[place] = replica
+        self._replicas[step.name] = replica
         batch = self._batch(replica)
         world, timer = self._runtime.groups.world, self._step.timer
         dist.barrier(group=world)
@@ -87,7 +113,7 @@ class _Bench:
         dist.barrier(group=world)
         self._step.accumulate(batch)
         laps = timer.laps()
-        self._laps[place].append({
+        self._laps[step.name].append({
             "vision_forward": laps.get("encode", 0.0),
             "vision_backward": laps.get("encode_backward", 0.0),
             "decoder": laps["decoder"],
@@ -95,27 +121,9 @@ class _Bench:
         })  # fmt: skip
 
     def measurements(self) -> list[Measurement]:
-        """Of the ViT on each rank that encoded anything; of the decoder on the leader of each replica."""
-        found = []
-        for place, replica in self._replicas.items():
-            counted = self._laps[place][1:]
-            seconds = {part: float(np.median([laps[part] for laps in counted])) for part in PARTS}
-            found += [Measurement(*entry) for entry in self._entries(replica, seconds)]
-        return found
-
-    def _entries(self, replica: ReplicaPlan, seconds: dict[str, float]) -> list[tuple[str, Work, float]]:
         groups, parallel = self._runtime.groups, self._config.parallel
-        entries = []
-        encoded = vision_work(replica, groups.replica_rank)
-        if encoded.items:
-            entries.append(("vision_forward", encoded, seconds["vision_forward"]))
-            if self._model.encoder_ddp is not None:
-                entries.append(("vision_backward", encoded, seconds["vision_backward"]))
-        if groups.is_leader:
-            rows = pipeline_rows(len(replica.rows), parallel.pp, parallel.vp)
-            decoded = row_work(replica.rows[0])
-            entries += [(part, decoded, seconds[part] / rows) for part in ("decoder", "decoder_forward")]
-        return entries
+        place = BenchPlace(groups.replica_rank, parallel.pp, parallel.vp, trains_encoder=self._model.encoder_ddp is not None)
+        return [m for name, replica in self._replicas.items() for m in rank_measurements(name, replica, self._laps[name], place)]
 
     def _batch(self, replica: ReplicaPlan) -> StepBatch:
         groups = self._runtime.groups

@@ -5,10 +5,10 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from megatron_keye.config.load import dump_config
+from megatron_keye.config.load import dump_config, load_config
 from megatron_keye.plan.cost import cost_model
 from megatron_keye.plan.timing import PARTS, Work, row_work, vision_work
-from megatron_keye.train.calibrate import FEWEST_ROUNDS, Measurement, calibration_of, measure
+from megatron_keye.train.calibrate import FEWEST_ROUNDS, BenchPlace, Measurement, calibration_of, measure, rank_measurements
 from megatron_keye.train.calibration import load_calibration, open_calibration
 from megatron_keye.train.calibration_design import designed_replica, designed_steps
 from tests.tiny import on_ranks, runtime_here, with_layout
@@ -47,6 +47,26 @@ def test_all_parts_of_all_steps_are_measured(tiny, layout):
     assert calibration.machine.processes == len(results)
 
 
+ROUNDS = [
+    {"vision_forward": 90.0, "vision_backward": 90.0, "decoder": 90.0, "decoder_forward": 90.0},
+    {"vision_forward": 3.0, "vision_backward": 7.0, "decoder": 12.0, "decoder_forward": 6.0},
+    {"vision_forward": 1.0, "vision_backward": 9.0, "decoder": 60.0, "decoder_forward": 3.0},
+    {"vision_forward": 2.0, "vision_backward": 8.0, "decoder": 6.0, "decoder_forward": 30.0},
+]
+
+
+@pytest.mark.parametrize(("stages", "chunks", "decoder_s"), [(1, 1, 12.0), (2, 1, 12.0 / 3), (2, 2, 12.0 / 2.5), (4, 1, 12.0 / 7)])
+def test_times_are_medians_after_the_warm_up_and_the_decoder_s_are_per_row(stages, chunks, decoder_s):
+    """A pipeline runs its m rows, one for each stage here, and waits for (stages - 1) / chunks more."""
+    config = load_config("debug", [f"parallel.pp={stages}"])
+    image = next(step for step in designed_steps(config) if step.name.startswith("1 image"))
+    replica = designed_replica(image.samples, config, cost_model(config.model))
+    found = {m.part: m.seconds for m in rank_measurements("x", replica, ROUNDS, BenchPlace(0, stages, chunks, trains_encoder=True))}
+    assert found == pytest.approx({"vision_forward": 2.0, "vision_backward": 8.0, "decoder": decoder_s, "decoder_forward": decoder_s / 2})
+    elsewhere = rank_measurements("x", replica, ROUNDS, BenchPlace(stages, stages, chunks, trains_encoder=True))
+    assert elsewhere == [], "a rank that encoded nothing and leads nobody"
+
+
 def test_a_frozen_vit_has_no_backward_pass(tiny):
     config = tiny.config(*SIZE, "model.freeze=[vision,projector]")
     _, found, _, calibration = on_ranks("one", config, calibrate_rank, 4)[0]
@@ -57,7 +77,9 @@ def test_a_frozen_vit_has_no_backward_pass(tiny):
 def test_what_known_times_say_is_found(tiny):
     config = tiny.config()
     works = [Work(k * n, k * n * n, k, s) for k in (1, 5, 20) for n in (16, 128, 1024) for s in (1, 3)]
-    exact = [Measurement(part, work, 1e-6 * work.tokens + 1e-9 * work.pairs + 1e-3 * work.sequences) for part in PARTS for work in works]
+    exact = [
+        Measurement("", part, work, 1e-6 * work.tokens + 1e-9 * work.pairs + 1e-3 * work.sequences) for part in PARTS for work in works
+    ]
     calibration = calibration_of(exact, config, RUNTIME)
     for part in PARTS:
         times = getattr(calibration.parts, part)
