@@ -104,6 +104,19 @@ class ReplicaLoader:
         return result.patches[task.segment]
 
 
+def loading_cost(bytes_read: int, loader_bytes: int, replica_size: int) -> str:
+    """What loading took, in words: on leaders alone, beside what it would take if each of a replica's ranks loaded for itself."""
+    took = f"loading: {_in_mb(bytes_read)} read from shards, at most {_in_mb(loader_bytes)} held decoded"
+    if replica_size == 1:
+        return took
+    every = f"{_in_mb(replica_size * bytes_read)} and {_in_mb(replica_size * loader_bytes)}"
+    return f"{took}, by one of {replica_size} ranks each; loading on every rank would take {every}"
+
+
+def _in_mb(num_bytes: int) -> str:
+    return f"{num_bytes / 1e6:,.1f} MB"
+
+
 def replica_pixel_bytes(plan: ReplicaPlan) -> int:
     """Bytes of uint8 pixels that `load` decodes for this plan."""
     return sum(document.shape.num_patches * PATCH_VALUES for row in plan.rows for document in row.documents)

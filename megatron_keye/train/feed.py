@@ -41,7 +41,11 @@ from megatron_keye.train.placement import PlanAt
 @dataclass(frozen=True)
 class FedStep:
     """One step ready to run: its plan, this replica's share of it, the cursor after it, this rank's batch, what any replica had to
-    skip, and how long it took to get."""
+    skip, and how long it took to get.
+
+    `bytes_read` are those of shards that this rank read for the step, `loader_bytes` what it held decoded when it took the step, steps
+    read ahead included; 0 except on leaders.
+    """
 
     plan: StepPlan
     share: ReplicaPlan
@@ -49,6 +53,8 @@ class FedStep:
     batch: StepBatch
     skipped: list[SkippedSample]
     wait_s: float
+    bytes_read: int
+    loader_bytes: int
 
 
 @dataclass
@@ -82,7 +88,7 @@ class Feed:
     def next_step(self) -> FedStep:
         """The next step; all ranks must call it together. Raises on every rank when any rank could not prepare it."""
         began_s = time.perf_counter()
-        prepared = self._take()
+        prepared, loader_bytes = self._take()
         failure = prepared if isinstance(prepared, Exception) else None
         table = NO_TABLE if failure else prepared.table
         own_skipped = [] if failure or prepared.data is None else prepared.data.skipped
@@ -90,7 +96,9 @@ class Feed:
         num_supervised, num_skipped = agree(table, counts, failure, self._groups.world, self._device)
         skipped = from_all_ranks(own_skipped, self._groups.world) if num_skipped else []
         batch = self._deliver(prepared, num_supervised)
-        return FedStep(prepared.plan, prepared.share, prepared.after, batch, skipped, time.perf_counter() - began_s)
+        bytes_read = 0 if prepared.data is None else prepared.data.bytes_read
+        wait_s = time.perf_counter() - began_s
+        return FedStep(prepared.plan, prepared.share, prepared.after, batch, skipped, wait_s, bytes_read, loader_bytes)
 
     def close(self) -> None:
         """End the background thread, and with it what it was decoding, within the time that one sample takes."""
@@ -139,13 +147,15 @@ class Feed:
             self._queued_bytes += item.pixel_bytes if isinstance(item, _Prepared) else 0
             self._changed.notify_all()
 
-    def _take(self) -> "_Prepared | Exception":
+    def _take(self) -> "tuple[_Prepared | Exception, int]":
+        """The next item, and the bytes that are held in it and those behind it."""
         with self._changed:
             self._changed.wait_for(lambda: self._queue)
+            held_bytes = sum(item.data.num_bytes for item in self._queue if isinstance(item, _Prepared) and item.data is not None)
             item = self._queue.popleft()
             self._queued_bytes -= item.pixel_bytes if isinstance(item, _Prepared) else 0
             self._changed.notify_all()
-            return item
+            return item, held_bytes
 
     def _deliver(self, prepared: _Prepared, num_supervised: int) -> StepBatch:
         groups, device, share = self._groups, self._device, prepared.share

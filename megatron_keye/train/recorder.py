@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from torch.utils.tensorboard import SummaryWriter
 
+from megatron_keye.data.loader import loading_cost
 from megatron_keye.plan.balance import imbalance
 from megatron_keye.plan.ledger import Skipped
 from megatron_keye.plan.types import ReplicaPlan
@@ -30,7 +31,7 @@ LOADS = ("decoder_load", "vision_load")
 nothing, ever."""
 PREDICTED = ("vision_predicted_s", "decoder_predicted_s")
 """By measured times: what this rank encodes, and the decoder of its replica; 0 without such times."""
-COUNTS = ("tokens", "visual_tokens", "padding_tokens")
+COUNTS = ("tokens", "visual_tokens", "padding_tokens", "bytes_read", "loader_bytes")
 """Of the replica, as its leader counts them; 0 on its other ranks."""
 LOG_EVERY_S = 15.0
 
@@ -57,6 +58,7 @@ class Recorder:
         self._pace = Pace()
         self._board = self._progress = None
         self._last_log_s = -math.inf
+        self._bytes_read = self._most_loader_bytes = 0
         if runtime.is_main:
             for lines in (self._metrics, self._validation):
                 lines.keep_before(first_step)
@@ -69,7 +71,7 @@ class Recorder:
 
     def record(self, record: StepRecord) -> None:
         fed = record.fed
-        values = {**record.result.phase_s, "data_wait": fed.wait_s, **self._loads(fed.share), **self._counts(fed.share)}
+        values = {**record.result.phase_s, "data_wait": fed.wait_s, **self._loads(fed.share), **self._counts(fed)}
         names = (*PHASES, *LOADS, *PREDICTED, *COUNTS)
         mine = [values.get(name, 0.0) for name in names]
         mine = torch.tensor(mine, dtype=torch.float64, device=self._runtime.device)
@@ -99,6 +101,8 @@ class Recorder:
             self._progress.stop()
         if self._board is not None:
             self._board.close()
+        if self._bytes_read:
+            self.say(loading_cost(self._bytes_read, self._most_loader_bytes, self._runtime.groups.grid.replica_size))
 
     def _write(self, record: StepRecord, by_rank: dict[str, list[float]]) -> None:
         plan, result = record.fed.plan, record.result
@@ -112,6 +116,8 @@ class Recorder:
             "epoch": record.fed.after.position / record.dataset_samples,
         }  # fmt: skip
         fields["tokens_per_s"] = round(fields["tokens"] / record.step_time_s, 1)
+        self._bytes_read += fields["bytes_read"]
+        self._most_loader_bytes = max(self._most_loader_bytes, fields["loader_bytes"])
         self._metrics.append(fields)
         self._ledger.step(plan, record.fed.after, record.skipped, result.updated)
         for name, value in fields.items():
@@ -138,13 +144,15 @@ class Recorder:
         predicted = (loads.decoder[0], vision.get(rank, math.nan), *self._planner.predicted_s(share, rank))
         return dict(zip((*LOADS, *PREDICTED), predicted, strict=True))
 
-    def _counts(self, share: ReplicaPlan) -> dict[str, int]:
+    def _counts(self, fed: FedStep) -> dict[str, int]:
         if not self._runtime.groups.is_leader:
             return {}
+        share = fed.share
         shapes = [document.shape for row in share.rows for document in row.documents]
         tokens = sum(shape.num_tokens for shape in shapes)
         padding = sum(row.num_tokens for row in share.rows) - tokens
-        return dict(zip(COUNTS, (tokens, sum(shape.num_visual_tokens for shape in shapes), padding), strict=True))
+        visual = sum(shape.num_visual_tokens for shape in shapes)
+        return dict(zip(COUNTS, (tokens, visual, padding, fed.bytes_read, fed.loader_bytes), strict=True))
 
     def _show(self, fields: dict) -> None:
         done = fields["step"] + 1

@@ -12,6 +12,7 @@ from megatron_keye.plan.cursor import Cursor
 from megatron_keye.plan.ledger import Skipped
 from megatron_keye.plan.step import PlanData
 from megatron_keye.train import recorder as recorder_module
+from megatron_keye.train.feed import FedStep
 from megatron_keye.train.placement import Planner
 from megatron_keye.train.recorder import COUNTS, PHASES, PREDICTED, Recorder, StepRecord
 from megatron_keye.train.run_dir import RunDir
@@ -52,7 +53,7 @@ def make(tmp_path, monkeypatch):
     run.create()
 
     def make(config, first_step=0, is_main=True):
-        groups = SimpleNamespace(world=FakeGroup(), is_leader=True, replica_rank=0)
+        groups = SimpleNamespace(world=FakeGroup(), is_leader=True, replica_rank=0, grid=SimpleNamespace(replica_size=2))
         runtime = SimpleNamespace(groups=groups, device=torch.device("cpu"), is_main=is_main)
         return run, Recorder(run, runtime, Planner(config, 1), FakeLedger(run.ledger) if is_main else None, first_step, 10)
 
@@ -62,7 +63,7 @@ def make(tmp_path, monkeypatch):
 def record_of(config, step=4, skipped=(), grad_norm=2.0, updated=True):
     plan, _ = Planner(config, 1).over(PlanData.of(SHAPES))(Cursor(step, 3 * step))
     after = Cursor(step + 1, 15, bytes(range(32)))
-    fed = SimpleNamespace(plan=plan, share=plan.replicas[0], after=after, batch=SimpleNamespace(num_supervised=33), wait_s=0.5)
+    fed = FedStep(plan, plan.replicas[0], after, SimpleNamespace(num_supervised=33), [], 0.5, bytes_read=10**6, loader_bytes=step * 10**5)
     result = StepResult(1.25, grad_norm, updated, {"encode": 1.0, "decoder": 3.0, "encode_backward": 2.0})
     return StepRecord(fed, list(skipped), result, lr=0.001, step_time_s=4.0, dataset_samples=60)
 
@@ -90,6 +91,20 @@ def test_a_step_is_counted(tiny, make):
     assert fields["vision_imbalance_measured"] == pytest.approx(5 / 4, abs=1e-4)
     assert (fields["decoder_imbalance_predicted"], fields["vision_imbalance_predicted"]) == (1.5, 1.0)
     assert fields["memory_bytes"] > 1 << 20
+
+
+def test_what_loading_took_is_shown_beside_what_it_would_take_on_every_rank(tiny, make, capsys):
+    run, recorder = make(tiny.config())
+    for step in (2, 4, 3):
+        recorder.record(record_of(tiny.config(), step))
+    recorder.close()
+    assert [(fields["bytes_read"], fields["loader_bytes"]) for fields in lines(run.metrics)] == [
+        (10**6, 2 * 10**5), (10**6, 4 * 10**5), (10**6, 3 * 10**5),
+    ]  # fmt: skip
+    assert (
+        "loading: 3.0 MB read from shards, at most 0.4 MB held decoded, by one of 2 ranks each; "
+        "loading on every rank would take 6.0 MB and 0.8 MB"
+    ) in capsys.readouterr().err
 
 
 def test_the_ledger_gets_the_step_and_what_was_left_out(tiny, make, capsys):
@@ -145,5 +160,5 @@ def test_a_log_gets_a_line_now_and_then_and_at_the_end(tiny, make, monkeypatch, 
     for step in (0, 1, 2, 3, 9):
         recorder.record(record_of(config, step))
     recorder.close()
-    said = [line.split("  ")[0] for line in capsys.readouterr().err.splitlines()]
-    assert said == ["step 1/10", "step 3/10", "step 10/10"]
+    said = [line.split("  ")[0].split(":")[0] for line in capsys.readouterr().err.splitlines()]
+    assert said == ["step 1/10", "step 3/10", "step 10/10", "loading"]
