@@ -86,7 +86,7 @@ class Dataset:
     def tokens_by_modality(self) -> tuple[int, int, int]:
         """Tokens of all samples: visual ones of samples with a video, visual ones of the others, and text."""
         visual = self._table.visual_tokens()
-        with_video = self._index.with_video()[self._usable]
+        with_video = self._index.with_video()[np.asarray(self._usable)]
         text = int(self._table.tokens.sum()) - int(visual.sum())
         return int(visual[with_video].sum()), int(visual[~with_video].sum()), text
 
@@ -188,15 +188,17 @@ class Shapes(Sequence[SampleShape]):
         return self._dataset.shape(sample)
 
 
-def _usable(index: Index, rules: MediaRules, limit_tokens: int) -> tuple[np.ndarray, SampleTable, list[tuple[str, str]]]:
-    """int64 numbers of the samples that can be made to fit, what planning knows of them, and (id, reason) of the others.
+def _usable(index: Index, rules: MediaRules, limit_tokens: int) -> tuple[Sequence[int], SampleTable, list[tuple[str, str]]]:
+    """Numbers of the samples that can be made to fit, what planning knows of them, and (id, reason) of the others.
 
-    Samples that are as they were indexed and fit need no look at each.
+    Samples that are as they were indexed and fit need no look at each; where all are, the index's own memory-mapped table serves.
     """
     full = index.full_table()
     unchanged = full.tokens <= limit_tokens
     if not _sizes_as_indexed(index.made, rules):
         unchanged &= full.num_runs == 0
+    if unchanged.all():
+        return range(len(full)), full, []
     usable, changed, shapes, rejected = unchanged.copy(), [], [], []
     for number in np.flatnonzero(~unchanged).tolist():
         result = fit(index.facts(number), rules, limit_tokens)

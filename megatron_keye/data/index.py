@@ -48,11 +48,7 @@ TABLES = {
             ("num_items", "<i4"),
             ("first_segment", "<i8"),
             ("num_segments", "<i4"),
-            ("first_run", "<i8"),
-            ("num_runs", "<i4"),
             ("tail_tokens", "<i4"),  # text after the last attention segment
-            ("text_tokens", "<i4"),
-            ("visual_tokens", "<i4"),  # under the media rules that the index was made with
             ("supervised_tokens", "<i4"),
             ("first_supervised", "<i4"),  # -1 where nothing is
             ("task", "<i4"),  # number in the list of the JSON file, -1 for none
@@ -74,6 +70,8 @@ TABLES = {
             *((name, "<f8") for name in ITEM_OPTIONS),
         ]
     ),
+    # All that planning reads of a sample: its tokens, and its runs of attention segments. Apart, as every rank goes through it.
+    "shapes": np.dtype([("tokens", "<i4"), ("num_runs", "<i4"), ("first_run", "<i8")]),
     "runs": np.dtype([("patches", "<i4"), ("segments", "<i4")]),  # of attention segments of like size, under the rules of the index
     "gaps": np.dtype("<i4"),  # text tokens before each attention segment
     "frames": np.dtype([("number", "<i4"), ("timestamp_s", "<f4"), ("tag", "<u1")]),
@@ -166,10 +164,8 @@ class Index:
 
     def full_table(self) -> SampleTable:
         """What planning knows of every sample under the media rules that the index was made with, where it is not cut."""
-        samples, runs = self._tables["samples"], self._tables["runs"]
-        tokens = samples["text_tokens"].astype(np.int64) + samples["visual_tokens"]
-        first_run, num_runs = (np.ascontiguousarray(samples[name]) for name in ("first_run", "num_runs"))
-        return SampleTable(tokens, first_run, num_runs, runs["patches"], runs["segments"])
+        shapes, runs = self._tables["shapes"], self._tables["runs"]
+        return SampleTable(shapes["tokens"], shapes["first_run"], shapes["num_runs"], runs["patches"], runs["segments"])
 
     def with_video(self) -> np.ndarray:
         """bool [len]: whether a sample has a video."""

@@ -15,7 +15,7 @@ from megatron_keye.data.items import Item
 from megatron_keye.data.shards import Span
 from megatron_keye.plan.table import segment_runs
 
-LINKS = (("first_item", "items"), ("first_segment", "gaps"), ("first_run", "runs"), ("name_start", "names"))
+LINKS = (("first_item", "items"), ("first_segment", "gaps"), ("name_start", "names"))
 """Columns of the sample table that count rows of another table."""
 LISTS = (("task", "tasks"), ("source", "sources"))
 """Columns of the sample table that number the entries of a list."""
@@ -66,11 +66,12 @@ def shard_index(name: str, num_bytes: int, rows: Sequence[SampleRow], problems: 
         text_tokens = row.shape.num_tokens - row.shape.num_visual_tokens
         place = (0, row.record.offset, row.record.num_bytes, row.record_crc32, len(names), len(row_name))
         runs = segment_runs(row.shape)
-        parts = (len(lists["items"]), len(row.items), len(lists["gaps"]), len(gaps), len(lists["runs"]), len(runs))
-        tokens = (text_tokens - sum(gaps), text_tokens, row.shape.num_visual_tokens)
+        parts = (len(lists["items"]), len(row.items), len(lists["gaps"]), len(gaps))
+        tail_tokens = text_tokens - sum(gaps)
         supervision = (row.supervised_tokens, -1 if row.first_supervised is None else row.first_supervised)
-        lists["samples"].append((*place, *parts, *tokens, *supervision, _number_of(tasks, row.task), _number_of(sources, row.source)))
+        lists["samples"].append((*place, *parts, tail_tokens, *supervision, _number_of(tasks, row.task), _number_of(sources, row.source)))
         lists["gaps"] += gaps
+        lists["shapes"].append((row.shape.num_tokens, len(runs), len(lists["runs"])))
         lists["runs"] += runs
         names += row_name
         for item, span in zip(row.items, row.media, strict=True):
@@ -93,6 +94,7 @@ def merge(shards: Sequence[ShardIndex]) -> tuple[dict[str, np.ndarray], list[str
         for column, table in LINKS:
             tables["samples"][column] += rows_before[table]
         tables["items"]["first_frame"] += rows_before["frames"]
+        tables["shapes"]["first_run"] += rows_before["runs"]
         for column, name in LISTS:
             # A sample without a task has number -1, which takes the last entry here.
             renumbered = np.array([*(_number_of(names[name], entry) for entry in _entries(shard, name)), -1], dtype=np.int32)

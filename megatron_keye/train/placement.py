@@ -4,8 +4,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 from megatron_keye.config.schema import RunConfig
-from megatron_keye.contract.media import SampleShape
+from megatron_keye.contract.media import PATCH_VALUES, SampleShape
 from megatron_keye.parallel.grid import RankGrid
+from megatron_keye.plan.assignment import Barrier
 from megatron_keye.plan.cost import cost_model
 from megatron_keye.plan.cursor import Cursor
 from megatron_keye.plan.lookahead import Lookahead
@@ -41,6 +42,12 @@ def encoder_ranks(config: RunConfig) -> tuple[int, ...]:
     }[config.encode.placement]
 
 
+def barrier(config: RunConfig) -> Barrier:
+    """Where ranks wait for each other. Replicas meet once a step, when gradients are reduced; the stages of a pipeline meet after every
+    microbatch, so that its rows should be alike."""
+    return "microbatch" if config.parallel.pp > 1 else "step"
+
+
 def plan_settings(config: RunConfig, num_replicas: int, times: TimeModel | None = None) -> PlanSettings:
     """The planner's view of a run. Placement goes by measured `times` where there are any; membership always by FLOPs of the model."""
     flops = cost_model(config.model)
@@ -54,6 +61,8 @@ def plan_settings(config: RunConfig, num_replicas: int, times: TimeModel | None 
         num_replicas=num_replicas,
         encoders=encoders,
         microbatch_multiple=config.parallel.pp if config.parallel.vp > 1 else 1,
+        barrier=barrier(config),
+        replica_patches=config.data.prefetch_bytes // PATCH_VALUES,
         cost=flops if times is None else times.cost_model(len(encoders)),
         lookahead=Lookahead(ahead.batches, ahead.canonical_replicas, ahead.growth_percent, flops),
     )

@@ -39,8 +39,9 @@ def proof_shapes(variant: Variant) -> list[list[SampleShape]]:
         SampleShape(19),
         SampleShape(157, tuple(wide)),
         SampleShape(61),
+        *(SampleShape(n) for n in (9, 13, 21, 5, 29, 15, 25, 11)),
     ]
-    sparse = [SampleShape(n) for n in (11, 47, 33, 101, 9, 65)] + [SampleShape(31, tuple(image))]
+    sparse = [SampleShape(n) for n in (11, 47, 33, 101, 9, 65, 7, 13, 5, 21)] + [SampleShape(31, tuple(image))]
     return [rich, sparse]
 
 
