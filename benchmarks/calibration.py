@@ -4,11 +4,13 @@
 
 In one world, the model of RECIPE runs the rows of `keye calibrate` and, in turn with them, held-out rows: random mixes of texts, images
 and clips. Measured times predict each row's ViT and decoder by their coefficients; FLOPs by one factor each, the median of time per FLOP
-over the same calibration steps. Figures are relative errors |predicted / measured - 1|.
+over the same calibration steps. Figures are relative errors |predicted / measured - 1|. On one process, times are CPU seconds, so that
+other processes on the machine do not count; with more, wall-clock seconds, on a machine that does nothing else.
 """
 
 import argparse
 import json
+import time
 from collections.abc import Callable, Sequence
 from functools import partial
 
@@ -65,7 +67,8 @@ def measure_rank(config: RunConfig, budget_s: float) -> tuple[list[Measurement],
 
     runtime = of_started_world(config, torch.device("cpu"))
     unknown = held_out(config, 0)
-    found = measure(config, runtime, [*designed_steps(config), *unknown], budget_s, lambda done: None)
+    clock = time.process_time if runtime.groups.world.size() == 1 else time.perf_counter
+    found = measure(config, runtime, [*designed_steps(config), *unknown], budget_s, lambda done: None, clock)
     names = {step.name for step in unknown}
     seen, unseen = ([m for m in found if (m.step in names) == is_unseen] for is_unseen in (False, True))
     return seen, unseen, calibration_of(seen, config, runtime).time_model

@@ -27,6 +27,7 @@ from megatron_keye.train.calibration_design import DesignedStep, designed_replic
 from megatron_keye.train.runtime import Runtime
 from megatron_keye.train.step import TrainStep
 from megatron_keye.train.synthetic import synthetic_batch
+from megatron_keye.train.timing import Clock
 
 ROUNDS = 8
 """At most, the first of which warms up."""
@@ -44,12 +45,14 @@ class Measurement:
 
 
 def measure(
-    config: RunConfig, runtime: Runtime, steps: Sequence[DesignedStep], budget_s: float, report: Callable[[int], None]
-) -> list[Measurement]:
+    config: RunConfig, runtime: Runtime, steps: Sequence[DesignedStep], budget_s: float, report: Callable[[int], None],
+    clock: Clock = time.perf_counter,
+) -> list[Measurement]:  # fmt: skip
     """All measurements of all ranks, on every rank; each must call it. Begins no round that would end after `budget_s` by rank 0's
-    clock, except for the first counted one. Steps have different names. `report` is told after each step how many were run."""
+    clock, except for the first counted one. Steps have different names. `report` is told after each step how many were run, and
+    `clock` times the parts."""
     began_s, round_s, done = time.perf_counter(), 0.0, 0
-    bench = _Bench(config, runtime)
+    bench = _Bench(config, runtime, clock)
     for number in range(ROUNDS):
         round_began_s = time.perf_counter()
         if number >= FEWEST_ROUNDS and _said_by_rank_0(round_began_s - began_s + round_s > budget_s, runtime):
@@ -92,11 +95,11 @@ def rank_measurements(name: str, replica: ReplicaPlan, rounds: Sequence[dict[str
 class _Bench:
     """Runs designed steps on this rank and keeps their times."""
 
-    def __init__(self, config: RunConfig, runtime: Runtime):
+    def __init__(self, config: RunConfig, runtime: Runtime, clock: Clock):
         self._config, self._runtime = config, runtime
         self._cost = cost_model(config.model)
         self._model = build_model(config, runtime.groups, runtime.device)
-        self._step = TrainStep(self._model, None)
+        self._step = TrainStep(self._model, None, clock)
         self._replicas: dict[str, ReplicaPlan] = {}
         self._laps: dict[str, list[dict[str, float]]] = defaultdict(list)
 

@@ -11,6 +11,7 @@ decided when the model was built.
 """
 
 import math
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
@@ -25,7 +26,7 @@ from megatron_keye.model.encode import EncodePhases
 from megatron_keye.objective.cross_entropy import token_nll
 from megatron_keye.train.batch import Microbatch, StepBatch
 from megatron_keye.train.build import KeyeModel, build_schedule
-from megatron_keye.train.timing import PhaseTimer
+from megatron_keye.train.timing import Clock, PhaseTimer
 
 
 @dataclass(frozen=True)
@@ -42,11 +43,11 @@ class StepResult:
 class TrainStep:
     """Runs steps on this rank's part of `model`; all ranks must call the same methods in the same order."""
 
-    def __init__(self, model: KeyeModel, optimizer: ChainedOptimizer | None):
+    def __init__(self, model: KeyeModel, optimizer: ChainedOptimizer | None, clock: Clock = time.perf_counter):
         self.model = model
         self.optimizer = optimizer
         self.schedule = build_schedule(model)
-        self.timer = PhaseTimer(model.device)
+        self.timer = PhaseTimer(model.device, clock)
         config = model.config
         self.encode = EncodePhases(
             model.encoder_ddp or model.encoder, model.groups.replica, hidden_size=config.model.decoder.hidden_size,

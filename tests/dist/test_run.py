@@ -22,13 +22,14 @@ from megatron_keye.plan.ledger_proof import prove
 from megatron_keye.train import cli
 from megatron_keye.train.ledger import read_ledger, run_files
 from megatron_keye.train.placement import Planner
+from megatron_keye.train.recorder import PHASES
 from megatron_keye.train.run_dir import RunDir
 from tests.tiny import HookedTraining, image_part, losses, no_hook, on_ranks, read_lines, runtime_here, tiny_record, train, write_part
 
 EVERY_FIELD = {
     "step", "loss", "grad_norm", "lr", "supervised_tokens", "tokens", "visual_tokens", "samples", "step_time_s", "data_wait_s",
-    "encode_s", "route_s", "decoder_s", "encode_backward_s", "optimizer_s", "tokens_per_s", "decoder_imbalance_predicted",
-    "vision_imbalance_predicted", "decoder_imbalance_measured", "vision_imbalance_measured", "memory_bytes",
+    "encode_s", "route_s", "decoder_s", "encode_backward_s", "gradients_s", "optimizer_s", "tokens_per_s", "decoder_imbalance_predicted",
+    "vision_imbalance_predicted", "decoder_imbalance_measured", "vision_imbalance_measured", "memory_bytes", "slowest_rank", "slowest_rank_speed",
 }  # fmt: skip
 """What the metrics must hold."""
 
@@ -80,7 +81,7 @@ def test_the_metrics_hold_every_field(straight):
         assert line.keys() >= EVERY_FIELD
         assert line["samples"] == 4
         assert line["updated"] is True
-        parts = [line[f"{part}_s"] for part in ("data_wait", "encode", "route", "decoder", "encode_backward", "optimizer")]
+        parts = [line[f"{part}_s"] for part in PHASES]
         assert all(seconds >= 0 for seconds in parts)
         # Parts are means over ranks, the whole is that of the main rank; they end every step together.
         assert sum(parts) == pytest.approx(line["step_time_s"], rel=0.3, abs=0.05)

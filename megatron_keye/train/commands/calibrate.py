@@ -21,6 +21,9 @@ EXAMPLES = """\
   launch/local.sh -n 2 debug --run-dir runs/tp2 --set parallel.tp=2 data.cost_file=tp2.cost.json
   torchrun --nproc-per-node 8 -m megatron_keye.train.cli calibrate keye_vl_1_5_8b -o 8b.cost.json"""
 
+NOISY_ERROR = 0.2
+"""Of a fit, beyond which its measurements are not believed to be of these modules alone."""
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds this command's arguments."""
@@ -113,6 +116,9 @@ def _write(calibration, args: argparse.Namespace) -> None:
     save_calibration(calibration, path)
     console = Console()
     console.print(_table(calibration))
+    worst = max(part.error_p95 for _, part in calibration.parts)
+    if worst > NOISY_ERROR:
+        console.print(f"a fit is off by {worst:.0%}: something else was running here; measure again on a quiet machine", highlight=False)
     if args.plot:
         from megatron_keye.train.calibration_plot import plot
 
@@ -127,9 +133,10 @@ def _table(calibration):
 
     machine = calibration.machine
     title = f"{machine.processes} process(es) on {machine.device} of {machine.host}"
-    table = Table(title=title, title_justify="left", caption="relative error of the fit: 95th percentile, largest", box=SIMPLE_HEAD)
-    for name in ("part", "measurements", "ns/token", "ns/pair", "us/item", "us/sequence", "p95", "max"):
-        table.add_column(name, justify="left" if name == "part" else "right")
+    caption = "n measurements; relative error of the fit: 95th percentile, largest"
+    table = Table(title=title, title_justify="left", caption=caption, caption_justify="left", box=SIMPLE_HEAD, padding=0, pad_edge=False)
+    for name in ("part", "n", "ns/token", "ns/pair", "us/item", "us/sequence", "p95", "max"):
+        table.add_column(name, justify="left" if name == "part" else "right", no_wrap=True)
     for name, part in calibration.parts:
         c = part.coefficients
         per_unit = f"{c.token_ps / 1e3:,.0f}", f"{c.pair_ps / 1e3:.3f}", f"{c.item_ps / 1e6:,.0f}", f"{c.sequence_ps / 1e6:,.0f}"
