@@ -29,7 +29,8 @@ from tests.tiny import HookedTraining, image_part, losses, no_hook, on_ranks, re
 EVERY_FIELD = {
     "step", "loss", "grad_norm", "lr", "supervised_tokens", "tokens", "visual_tokens", "samples", "step_time_s", "data_wait_s",
     "encode_s", "route_s", "decoder_s", "encode_backward_s", "gradients_s", "optimizer_s", "tokens_per_s", "decoder_imbalance_predicted",
-    "vision_imbalance_predicted", "decoder_imbalance_measured", "vision_imbalance_measured", "memory_bytes", "slowest_rank", "slowest_rank_speed",
+    "vision_imbalance_predicted", "decoder_imbalance_measured", "vision_imbalance_measured", "memory_bytes", "slowest_rank",
+    "slowest_rank_speed",
 }  # fmt: skip
 """What the metrics must hold."""
 
