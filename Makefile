@@ -8,13 +8,14 @@ TORCH := torch==2.13.0
 STAMP := $(VENV)/.complete
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: help setup data train train-long test test-slow lint smoke clean
+.PHONY: help setup data train train-long test test-slow slurm-drills slurm-drills-fast lint smoke clean
 
 help:
 	@echo "make train       set up, make the demo data, train the debug-size Keye-VL-1.5 on N=$(N) processes, evaluate (10 minutes)"
 	@echo "make train-long  the same model trained longer (45 minutes)"
 	@echo "make test        set up, then the CPU tests (15 minutes)"
 	@echo "make test-slow   the tests that kill whole runs (minutes)"
+	@echo "make slurm-drills  what launch/ promises, on a SLURM cluster inside this machine (20 minutes; root, Debian's slurm packages)"
 	@echo "make smoke       layouts, training, resume and scoring on two GPUs or two CPU processes (10 minutes)"
 	@echo "make lint        ruff over the code, shellcheck over the launchers where it is installed"
 	@echo "make setup       only the virtual environment $(VENV), with the versions in constraints.txt"
@@ -48,17 +49,23 @@ train-long: data
 	$(BIN)/keye eval --run-dir runs/debug_long
 
 test: setup
-	$(BIN)/python -m pytest -q -n $(N) --dist worksteal -m "not gpu and not slow" tests
+	$(BIN)/python -m pytest -q -n $(N) --dist worksteal -m "not gpu and not slow and not slurm" tests
 
 test-slow: setup
-	$(BIN)/python -m pytest -q -m slow tests
+	$(BIN)/python -m pytest -q -m "slow and not slurm" tests
+
+slurm-drills: setup
+	$(BIN)/python -m pytest -q -m slurm tests/slurm
+
+slurm-drills-fast: setup
+	$(BIN)/python -m pytest -q -m "slurm and not slow" tests/slurm
 
 smoke: data
 	launch/smoke_2gpu.sh
 
 lint: setup
 	$(BIN)/ruff check .
-	@if command -v shellcheck >/dev/null; then shellcheck launch/*.sh .ci/run; else echo "shellcheck is not installed: launchers not checked"; fi
+	@if command -v shellcheck >/dev/null; then shellcheck launch/*.sh launch/*.sbatch .ci/run; else echo "shellcheck is not installed: launchers not checked"; fi
 
 clean:
 	rm -rf $(VENV) data/demo runs/debug runs/debug_long build *.egg-info

@@ -48,3 +48,25 @@ training_environment() {
     ulimit -n "$(ulimit -Hn)" 2>/dev/null || true
     ulimit -c 0
 }
+
+# Options of sbatch that the site asks of every job.
+site_options() {
+    local name option
+    for name in partition account qos; do
+        option=SITE_${name^^}
+        [[ -z ${!option:-} ]] || printf '%s\n' "--$name=${!option}"
+    done
+}
+
+# submit DRY_RUN OPTIONS... SCRIPT ARGUMENTS...: sbatch with the site's options, or what it would be.
+submit() {
+    local dry_run=$1 options
+    shift
+    mapfile -t options < <(site_options)
+    if ((dry_run)); then
+        printf '%q ' sbatch "${options[@]}" "$@"
+        echo
+    else
+        sbatch --parsable "${options[@]}" "$@"
+    fi
+}

@@ -11,6 +11,7 @@ import re
 import shutil
 import signal
 import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -113,6 +114,25 @@ class Cluster:
     def thaw(self, node: str) -> None:
         for pid in self.processes(node):
             os.kill(pid, signal.SIGCONT)
+
+    def make_read_only(self, node: str, folder: Path) -> None:
+        """The node, and no other, can only read what is in `folder`."""
+        command = 'mount --bind "$1" "$1" && mount -o remount,ro,bind "$1"'
+        self._run_on(node, "bash", "-ec", command, "mount", str(folder))
+
+    def occupy_port(self, node: str, port: int) -> subprocess.Popen:
+        """A process that listens on the node, until it is ended."""
+        code = f"import socket, time; s = socket.create_server(('', {port})); print('listening', flush=True); time.sleep(600)"
+        process = subprocess.Popen(self._on(node, sys.executable, "-c", code), stdout=subprocess.PIPE)
+        assert process.stdout.readline() == b"listening\n"
+        return process
+
+    def _run_on(self, node: str, *command: str) -> None:
+        subprocess.run(self._on(node, *command), check=True, capture_output=True, timeout=60)
+
+    def _on(self, node: str, *command: str) -> list[str]:
+        """Inside the node's own namespaces."""
+        return ["nsenter", "--target", str(self._node_init(node)), "--mount", "--pid", "--net", "--uts", "--ipc", "--", *command]
 
     def processes(self, node: str, having: str = "") -> list[int]:
         """Process ids (as this test sees them) of a node's processes whose command line contains `having`."""

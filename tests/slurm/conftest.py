@@ -72,6 +72,10 @@ class Drill:
         assert said.startswith("job "), said
         return said.split()[1].rstrip(":")
 
+    def run_script(self, script: str, *arguments: str | Path) -> str:
+        """The output of another launcher."""
+        return self.cluster.run(ROOT / "launch" / script, *arguments, environment={"KEYE_SITE": str(self.site)})
+
     def num_steps(self) -> int:
         metrics = self.run_dir.metrics
         return metrics.read_bytes().count(b"\n") if metrics.exists() else 0
@@ -122,7 +126,12 @@ class Drill:
 
 @pytest.fixture
 def drill(cluster, settings, tmp_path) -> Iterator[Drill]:
-    site = tmp_path / "site.env"
-    site.write_text(f"SITE_CPUS_PER_NODE=1\nSITE_PYTHON={sys.executable}\nGLOO_SOCKET_IFNAME=lo\n")
-    yield Drill(cluster, settings, RunDir(tmp_path / "run"), site)
+    yield Drill(cluster, settings, RunDir(tmp_path / "run"), write_site(tmp_path))
     cluster.run("scancel", "--me", check=False)
+
+
+def write_site(folder: Path) -> Path:
+    """The site's settings for these clusters."""
+    site = folder / "site.env"
+    site.write_text(f"SITE_CPUS_PER_NODE=1\nSITE_PYTHON={sys.executable}\nGLOO_SOCKET_IFNAME=lo\n")
+    return site

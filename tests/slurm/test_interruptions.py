@@ -47,6 +47,21 @@ def test_the_signal_before_the_time_limit_twice(drill: Drill, undisturbed):
     drill.assert_like(undisturbed)
 
 
+@pytest.mark.slow
+def test_the_time_limit_itself_twice(drill: Drill):
+    """SLURM's own clock, which knows minutes: no step is lost between three starts of one job."""
+    job = drill.submit("--time", "2", "--lead-s", "60", "--set", "train.steps=100000")
+    drill.wait_until(lambda: drill.causes() == ["time_limit"] * 2, "two time limits", limit_s=360)
+    drill.wait_for_step(drill.endings()[1].saved_step + 5)
+    (drill.run_dir.path / "STOP").touch()
+    drill.wait_for_end_of(job)
+    first, second, third = drill.endings()
+    assert third.cause == "stopped"
+    assert 0 < first.saved_step == first.last_step == second.first_step
+    assert second.first_step < second.saved_step == second.last_step == third.first_step
+    assert drill.cluster.job(job, "JobState") == "COMPLETED"
+
+
 def test_requeue(drill: Drill, undisturbed):
     job = drill.submit()
     drill.wait_for_step(30)

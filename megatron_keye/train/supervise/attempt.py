@@ -126,11 +126,14 @@ class RunningAttempt:
 
     def _result(self, first_step: int, stalled: list[str]) -> Result:
         failures = self.evidence.failures()
-        stalled = stalled or self.evidence.collect_stacks()
+        stalled = self.evidence.collect_stacks() or stalled
         seen = self._observe(failures, bool(stalled))
         if self.asked.to_stop:
             self.run_dir.answer("STOP")
-        error = f"no progress: {', '.join(stalled)}" if stalled else failures[0].error if failures else ""
+        if stalled:
+            error = f"no progress: {', '.join(stalled)}"
+        else:
+            error = failures[0].error if failures else self.evidence.launcher_error()
         culprit = self._culprit(failures, stalled)
         saved, reached = saved_step(self.run_dir), self.evidence.last_step()
         return Result(Ending(cause_of(seen), first_step, saved, reached, error, culprit, seen.lost_nodes), failures)

@@ -16,6 +16,7 @@ Cause = Literal[
     "requeued",  # scontrol requeue, or preemption that requeues: SLURM starts the job again by itself
     "time_limit",  # the supervisor asked the run to stop in time
     "preempted",  # the ranks were told to end by a signal
+    "disk_full",  # a save or another write found no room
     "settings",  # exit code 65
     "numbers",  # exit code 66
     "hang",  # no progress: ended by its own watchdog or by the supervisor's
@@ -26,8 +27,10 @@ Cause = Literal[
 ]
 Fate = Literal["running", "requeued", "cancelled", "timed_out"]
 """What SLURM does with the job meanwhile."""
-OWN_FAULTS = ("crash", "hang")
+OWN_FAULTS = ("crash", "hang", "disk_full")
 """What may be the program's or the data's fault, so that it would come again."""
+NO_ROOM = ("No space left on device", "Disk quota exceeded")
+"""In the error of a rank. Others may make room, so that it is worth another try."""
 NO_FAULT = ("requeued", "vanished", "lost_node", "bad_node")
 """What happens to a run; however often, it says nothing about the run."""
 
@@ -73,6 +76,7 @@ def cause_of(seen: Observed) -> Cause:
         ("done", seen.is_done),
         ("cancelled", seen.fate == "cancelled"),
         ("requeued", seen.fate == "requeued"),
+        ("disk_full", any(text in failure.error for failure in seen.failures for text in NO_ROOM)),
         ("settings", SETTINGS in codes),
         ("numbers", NUMBERS in codes),
         ("lost_node", bool(seen.lost_nodes)),
@@ -145,7 +149,8 @@ def decide(history: Sequence[Ending], allocated: Sequence[str], time_left_s: flo
     if final is not None:
         return final
     delay_s = _backoff_s(history, policy)
-    exclude = tuple(sorted({*ending.bad_nodes, *blamed_nodes(history, policy)}))
+    bad = {node for earlier in history for node in earlier.bad_nodes}
+    exclude = tuple(sorted(bad | blamed_nodes(history, policy)))
     if ending.cause in ("time_limit", "preempted") or time_left_s < policy.min_time_left_s + delay_s:
         return _in_another_job(f"{ending.cause}: the next job goes on from step {ending.saved_step}", exclude, delay_s)
     healthy = [node for node in allocated if node not in exclude and node not in ending.lost_nodes]

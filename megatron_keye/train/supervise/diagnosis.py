@@ -22,7 +22,7 @@ def write_diagnosis(run_dir: RunDir, result: Result, action: Action, journal: Jo
         "exit_code": action.exit_code,
         **asdict(result.ending),
         "first_failure": None if first is None else asdict(first),
-        "last_lines": [] if first is None else tail(Path(first.log), TAIL_LINES),
+        "last_lines": tail(Path(first.log) if first is not None and first.log else run_dir.path / "train.log", TAIL_LINES),
         "attempts": [{"cause": e.cause, "last_step": e.last_step, "saved_step": e.saved_step, "error": e.error} for e in journal.endings()],
     }
     path = run_dir.path / FILE

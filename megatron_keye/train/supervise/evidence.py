@@ -23,6 +23,8 @@ TAKEN_DOWN = (-15, CANCELLED)
 """How ranks end that are stopped because another one failed."""
 TAIL_BYTES = 65536
 NAMES_ERROR = re.compile(r"[\w.]*(Error|Exception|Failure|Exit|Interrupt)\b|keye\b.*: error: ")
+CHECKPOINT = re.compile(r"step_(\d+)(?:_\d+)?")
+"""With a second number where a step was saved again."""
 SECRET = ("KEY", "TOKEN", "SECRET", "PASSWORD")
 """Parts of names of environment variables that are not written down."""
 
@@ -33,9 +35,12 @@ class Evidence:
     def __init__(self, run_dir: RunDir, number: int):
         self._run_dir = run_dir
         self.folder = run_dir.path / "attempts" / f"{number:04d}"
+        self.main_log = run_dir.path / "train.log"
+        self._main_log_began_bytes = 0
 
     def prepare(self, nodes: Iterable[str]) -> None:
         """Make the folder, and clear what the ranks of an earlier attempt left where this attempt's will write."""
+        self._main_log_began_bytes = self.main_log.stat().st_size if self.main_log.exists() else 0
         for name in ("nodes", "ranks"):
             (self.folder / name).mkdir(parents=True, exist_ok=True)
         (self.folder / "hosts").write_text("".join(f"{node}\n" for node in nodes), encoding="utf-8")
@@ -79,6 +84,10 @@ class Evidence:
                     )
         return tuple(sorted(failures, key=lambda failure: (failure.time_s, failure.rank)))
 
+    def launcher_error(self) -> str:
+        """The last error in the main log of this attempt: all there is when torchrun itself did not live to report."""
+        return _error_in(tail(self.main_log, 200, self._main_log_began_bytes)) or ""
+
     def _reports(self) -> dict[str, dict]:
         reports = {}
         for file in sorted((self.folder / "nodes").glob("*.json")):
@@ -95,15 +104,15 @@ class Evidence:
 def saved_step(run_dir: RunDir) -> int:
     """Steps in the newest checkpoint; 0 without one."""
     names = (path.parent.name for path in run_dir.checkpoints.glob("step_*/manifest.json"))
-    return max((int(name.removeprefix("step_")) for name in names), default=0)
+    return max((int(found.group(1)) for name in names if (found := CHECKPOINT.fullmatch(name))), default=0)
 
 
-def tail(log: Path | None, num_lines: int) -> list[str]:
-    """The last lines of a file that may be large or missing."""
+def tail(log: Path | None, num_lines: int, from_bytes: int = 0) -> list[str]:
+    """The last lines of a file that may be large or missing, none of them before `from_bytes`."""
     if log is None or not log.exists():
         return []
     with log.open("rb") as file:
-        file.seek(max(0, log.stat().st_size - TAIL_BYTES))
+        file.seek(max(from_bytes, log.stat().st_size - TAIL_BYTES))
         return file.read().decode(errors="replace").splitlines()[-num_lines:]
 
 
@@ -112,8 +121,12 @@ def error_of(exit_code: int, log: Path | None) -> str:
     if exit_code < 0:
         return f"ended by {signal.Signals(-exit_code).name}"
     lines = [line.strip() for line in tail(log, 200) if line.strip()]
-    # Libraries may add warnings after the error, while the interpreter ends.
-    return next((line for line in reversed(lines) if NAMES_ERROR.match(line)), lines[-1] if lines else f"exit code {exit_code}")
+    return _error_in(lines) or (lines[-1] if lines else f"exit code {exit_code}")
+
+
+def _error_in(lines: list[str]) -> str | None:
+    """Libraries may add warnings after the error, while the interpreter ends."""
+    return next((line.strip() for line in reversed(lines) if NAMES_ERROR.match(line.strip())), None)
 
 
 def _text(path: Path) -> str:

@@ -55,6 +55,8 @@ class Job:
     slow_phase_s: float
     """Of the run's own settings."""
     policy: Policy
+    continues: str
+    """The run whose last checkpoint this one starts from, which must be complete by then; empty for none."""
     site: Site
 
     @property

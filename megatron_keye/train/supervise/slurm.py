@@ -4,6 +4,7 @@ import re
 import subprocess
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 
@@ -35,16 +36,20 @@ def sbatch_command(job: Job, exclude: Iterable[str] = (), after: str | None = No
 
 
 def srun_command(job: Job, nodes: Sequence[str]) -> list[str]:
-    """Runs launch/node.sh once on each of `nodes`.
-
-    `--overlap`: a step that a lost node keeps from ending still holds the resources of the others.
-    """
+    """Runs launch/node.sh once on each of `nodes`."""
     return [
-        "srun", f"--job-name={TRAIN_STEP}", f"--nodes={len(nodes)}", f"--ntasks={len(nodes)}", "--ntasks-per-node=1",
-        f"--nodelist={','.join(nodes)}", f"--cpus-per-task={job.site.cpus_per_node}", *_gpus(job), "--overlap", "--kill-on-bad-exit=1",
-        *_pyxis(job.site), *job.site.srun_options, *_apptainer(job.site),
-        "bash", f"{job.root}/launch/node.sh", *job.arguments,
-    ]  # fmt: skip
+        *_srun(job, nodes, TRAIN_STEP),
+        "--kill-on-bad-exit=1",
+        *_inside(job.site),
+        "bash",
+        f"{job.root}/launch/node.sh",
+        *job.arguments,
+    ]
+
+
+def check_command(job: Job, nodes: Sequence[str], program: str, *arguments: str) -> list[str]:
+    """Runs a Python program once on each of `nodes`, with what the ranks will have."""
+    return [*_srun(job, nodes, "keye-check"), "--quiet", *_inside(job.site), job.python, program, *arguments]
 
 
 def probe_command(node: str, root: str, run_dir: str) -> list[str]:
@@ -114,10 +119,21 @@ def submit(job: Job, exclude: Iterable[str] = (), after: str | None = None) -> s
     return _call(sbatch_command(job, exclude, after)).strip().split(";")[0]
 
 
-def queued_jobs(run_dir: str) -> list[str]:
-    """Ids of jobs of this user that are waiting or running for `run_dir`, which their comment names."""
-    lines = (line.split(maxsplit=1) for line in _call(["squeue", "--noheader", "--me", "--format=%i %k"]).splitlines())
-    return [words[0] for words in lines if words[1:] == [run_dir]]
+@dataclass(frozen=True)
+class QueuedJob:
+    """A job that waits or runs; `text` is its state and, while it waits, for what."""
+
+    id: str
+    text: str
+
+
+def my_jobs() -> dict[str, QueuedJob]:
+    """The training jobs of this user by run directory, which their comment names."""
+    jobs = {}
+    for line in _call(["squeue", "--noheader", "--me", "--format=%i|%T|%r|%k"]).splitlines():
+        job_id, state, reason, run_dir = line.split("|", 3)
+        jobs[run_dir.strip()] = QueuedJob(job_id, state.lower() if reason == "None" else f"{state.lower()}: {reason}")
+    return {run_dir: job for run_dir, job in jobs.items() if run_dir.startswith("/")}
 
 
 def redirect_dependents(old: str, new: str) -> None:
@@ -151,7 +167,8 @@ def _succeeds(command: Sequence[str], timeout_s: float) -> bool:
 
 
 def _gpus(job: Job) -> list[str]:
-    return [f"--{job.site.gpu_option}={job.gpus_per_node}"] if job.site.gpu_option else []
+    option = job.site.gpu_option
+    return [f"--{option}={'gpu:' if option == 'gres' else ''}{job.gpus_per_node}"] if option else []
 
 
 def _given(site: Site, *names: str) -> list[str]:
@@ -164,13 +181,19 @@ def _excluding(nodes: Iterable[str]) -> list[str]:
     return [f"--exclude={names}"] if names else []
 
 
-def _pyxis(site: Site) -> list[str]:
-    if site.container != "pyxis":
-        return []
-    return [f"--container-image={site.image}", *([f"--container-mounts={site.mounts}"] if site.mounts else [])]
+def _srun(job: Job, nodes: Sequence[str], name: str) -> list[str]:
+    """One task on each node. `--overlap`: a step that a lost node keeps from ending still holds the resources of the others."""
+    return [
+        "srun", f"--job-name={name}", f"--nodes={len(nodes)}", f"--ntasks={len(nodes)}", "--ntasks-per-node=1",
+        f"--nodelist={','.join(nodes)}", f"--cpus-per-task={job.site.cpus_per_node}", *_gpus(job), "--overlap", *job.site.srun_options,
+    ]  # fmt: skip
 
 
-def _apptainer(site: Site) -> list[str]:
-    if site.container != "apptainer":
-        return []
-    return ["apptainer", "exec", "--nv", *([f"--bind={site.mounts}"] if site.mounts else []), site.image]
+def _inside(site: Site) -> list[str]:
+    """What puts a task into the site's container: options of srun, or a command before the task's own."""
+    match site.container:
+        case "pyxis":
+            return [f"--container-image={site.image}", *([f"--container-mounts={site.mounts}"] if site.mounts else [])]
+        case "apptainer":
+            return ["apptainer", "exec", "--nv", *([f"--bind={site.mounts}"] if site.mounts else []), site.image]
+    return []

@@ -32,19 +32,23 @@ examples:
 
 def main(argv: Sequence[str]) -> int:
     try:
-        args = _parser().parse_args(argv)
+        args = parser().parse_args(argv)
         job, config = make_job(args)
-        return _show(job) if args.dry_run else _submit(job, config, args.after)
+        if args.dry_run:
+            print(described(job, args.after))
+        else:
+            submit(job, config, args.after)
+        return 0
     except KeyeError as error:
         print(f"launch/train.sh: error: {error}", file=sys.stderr)
         return error.exit_code
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+def parser() -> argparse.ArgumentParser:
+    made = argparse.ArgumentParser(
         prog="launch/train.sh", description=HELP, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
-    add = parser.add_argument
+    add = made.add_argument
     add("settings", metavar="SETTINGS", help="recipe name or path of a YAML file")
     add("--nodes", type=int, default=1, metavar="N")
     add("--gpus-per-node", type=int, default=8, metavar="G", help="ranks of one node (default: 8)")
@@ -56,14 +60,18 @@ def _parser() -> argparse.ArgumentParser:
     add("--spare-nodes", type=int, default=0, metavar="K", help="ask for K nodes more, to replace lost ones (default: 0)")
     add("--preflight", choices=("off", "basic", "full"), default="basic", help="checks of the nodes before a job's first attempt")
     add("--after", metavar="JOB", help="wait for the success of this job")
+    add("--continues", default="", metavar="RUN_DIR", help="start from the last checkpoint of this run, which must be complete by then")
     add("--max-failures", type=int, default=20, metavar="F", help="attempts that may fail in all (default: 20)")
     add("--backoff-s", type=float, default=10.0, metavar="S", help="wait before a second try without progress, then doubled (default: 10)")
     add("--dry-run", action="store_true", help="show settings, environment and commands; submit nothing")
-    return parser
+    return made
 
 
 def make_job(args: argparse.Namespace) -> tuple[Job, RunConfig]:
     """Raises SettingsError where the settings do not fit the number of processes."""
+    if args.continues:
+        args.continues = str(Path(args.continues).absolute())
+        args.overrides = [*args.overrides, f"model.init_from={args.continues}"]
     config = load_config(args.settings, args.overrides)
     name = Path(args.settings).stem
     run_dir = Path(args.run_dir or f"runs/{name}").absolute()
@@ -90,6 +98,7 @@ def make_job(args: argparse.Namespace) -> tuple[Job, RunConfig]:
             backoff_s=args.backoff_s,
             min_time_left_s=args.lead_s + 60.0,
         ),
+        continues=args.continues,
         site=site_from_environment(os.environ),
     )
     return job, config
@@ -134,22 +143,28 @@ def site_from_environment(environment: dict[str, str]) -> Site:
     )
 
 
-def _show(job: Job) -> int:
-    print(f"# {job.run_dir}/job.json\n{job.to_json()}")
-    print(f"# submitted\n{shlex.join(slurm.sbatch_command(job))}\n")
-    print(f"# run by it once on each node\n{shlex.join(slurm.srun_command(job, [f'NODE{i}' for i in range(job.nodes)]))}\n")
-    print(f"# {job.root}/launch/train.sbatch\n{(Path(job.root) / 'launch/train.sbatch').read_text(encoding='utf-8')}")
-    return 0
+def described(job: Job, after: str | None = None) -> str:
+    """What would be submitted and run."""
+    nodes = [f"NODE{i}" for i in range(job.nodes)]
+    batch = Path(job.root) / "launch/train.sbatch"
+    parts = {
+        f"{job.run_dir}/job.json": job.to_json().rstrip(),
+        "submitted": shlex.join(slurm.sbatch_command(job, after=after)),
+        "run by it once on each node, in launch/lib.sh's environment": shlex.join(slurm.srun_command(job, nodes)),
+        str(batch): batch.read_text(encoding="utf-8").rstrip(),
+    }
+    return "\n\n".join(f"# {title}\n{text}" for title, text in parts.items())
 
 
-def _submit(job: Job, config: RunConfig, after: str | None) -> int:
+def submit(job: Job, config: RunConfig, after: str | None = None) -> str | None:
+    """The job that the run is in, new or not; None where it is complete. Says which. Raises KeyeError where SLURM refuses."""
     run_dir = RunDir(job.run_dir)
     if run_dir.is_done:
         print(f"{run_dir.path} is complete; choose another --run-dir to train again")
-        return 0
-    if queued := slurm.queued_jobs(job.run_dir):
-        print(f"{run_dir.path} is already in job {', '.join(queued)}")
-        return 0
+        return None
+    if queued := slurm.my_jobs().get(job.run_dir):
+        print(f"{run_dir.path} is already in job {queued.id}")
+        return queued.id
     run_dir.create()
     job.save()
     write_atomically(run_dir.config, dump_config(config))
@@ -157,7 +172,7 @@ def _submit(job: Job, config: RunConfig, after: str | None) -> int:
     job_id = slurm.submit(job, after=after)
     Journal(run_dir.path).submitted(job_id)
     print(f"job {job_id}: {run_dir.path}, log in {run_dir.path}/train.log")
-    return 0
+    return job_id
 
 
 def _write_origin(job: Job) -> None:

@@ -8,7 +8,8 @@ from dataclasses import replace
 from megatron_keye.errors import KeyeError
 from megatron_keye.train.run_dir import RunDir
 from megatron_keye.train.supervise import slurm
-from megatron_keye.train.supervise.attempt import Allocation, Asked, Result, RunningAttempt
+from megatron_keye.train.supervise.attempt import Allocation, Asked, Result, RunningAttempt, free_port
+from megatron_keye.train.supervise.checks import check_nodes
 from megatron_keye.train.supervise.decide import Action, Ending, Observed, cause_of, choose_nodes, decide
 from megatron_keye.train.supervise.diagnosis import write_diagnosis
 from megatron_keye.train.supervise.evidence import Evidence, saved_step
@@ -24,6 +25,8 @@ class Supervisor:
         self._run_dir = RunDir(self._job.run_dir)
         self._journal = Journal(self._run_dir.path)
         self._asked = Asked()
+        self._lost: set[str] = set()
+        """Nodes of this job that once did not answer: they stay out of it."""
 
     def run(self) -> int:
         """Attempts until the run is over for this job. Returns the job's exit code."""
@@ -31,9 +34,11 @@ class Supervisor:
         signal.signal(signal.SIGTERM, lambda *_: self._asked.ask("preempted"))
         self._close_vanished()
         nodes = choose_nodes(self._allocation.nodes, self._job.policy.node_counts)
+        checked = self._job.preflight == "off"
         while not self._run_dir.is_done:
-            number = max((attempt.number for attempt in self._journal.attempts()), default=0) + 1
-            result = self._attempt(number, nodes)
+            number = self._begin(nodes)
+            result = (None if checked else self._preflight()) or RunningAttempt(self._allocation, number, nodes, self._asked).run()
+            checked = True
             ending, action = self._next(result.ending)
             self._journal.ended(number, time.time(), ending, action)
             self._say(f"{action.kind}: {action.reason}")
@@ -43,11 +48,26 @@ class Supervisor:
         self._say(f"{self._run_dir.path} is complete")
         return 0
 
-    def _attempt(self, number: int, nodes: Sequence[str]) -> Result:
+    def _preflight(self) -> Result | None:
+        """An attempt that ended before it began, when nodes are not fit; None when they are."""
+        findings = check_nodes(self._job, self._allocation.nodes, free_port(int(self._job_id)))
+        for note in findings.notes:
+            self._say(note)
+        if not findings.problems and not findings.lost_nodes:
+            self._say(f"preflight: all {len(self._allocation.nodes)} nodes are fit")
+            return None
+        saved = saved_step(self._run_dir)
+        cause = "bad_node" if findings.problems else "lost_node"
+        self._say(f"preflight: {findings.text or f'no answer from {findings.lost_nodes}'}")
+        return Result(Ending(cause, saved, saved, saved, findings.text, "", findings.lost_nodes, tuple(findings.problems)))
+
+    def _begin(self, nodes: Sequence[str]) -> int:
+        """Write down that an attempt begins; its number."""
+        number = max((attempt.number for attempt in self._journal.attempts()), default=0) + 1
         first_step = saved_step(self._run_dir)
         self._journal.began(Attempt(number, self._job_id, tuple(nodes), time.time(), first_step))
         self._say(f"attempt {number} on {', '.join(nodes)}, from step {first_step}")
-        return RunningAttempt(self._allocation, number, nodes, self._asked).run()
+        return number
 
     def _next(self, ending: Ending) -> tuple[Ending, Action]:
         """The decision; a pause before a restart is part of it, since the job may be told to end meanwhile."""
@@ -62,8 +82,9 @@ class Supervisor:
         return ending, action
 
     def _decide(self, ending: Ending) -> Action:
-        history = [*self._journal.endings(), ending]
-        return decide(history, self._allocation.nodes, self._allocation.time_left_s(), self._job.policy)
+        self._lost.update(ending.lost_nodes)
+        nodes = [node for node in self._allocation.nodes if node not in self._lost]
+        return decide([*self._journal.endings(), ending], nodes, self._allocation.time_left_s(), self._job.policy)
 
     def _pause(self, seconds: float) -> None:
         until_s = time.monotonic() + seconds

@@ -45,6 +45,7 @@ def seen(**changes) -> Observed:
         (seen(exit_codes=ALL_WELL, stop_requested=True), "stopped"),
         (seen(failures=(CRASHED,), stop_requested=True), "stopped"),
         (seen(exit_codes={"n1": 65}), "settings"),
+        (seen(exit_codes={"n1": 65}, failures=(replace(CRASHED, error="OSError: No space left on device"),)), "disk_full"),
         (seen(exit_codes={"n1": 143, "n2": 66, "n3": 143}), "numbers"),
         (seen(failures=(CRASHED,), exit_codes={"n1": 143, "n2": 1}), "crash"),
         (seen(failures=(CRASHED,), lost_nodes=("n3",)), "lost_node"),
@@ -111,6 +112,12 @@ def test_a_lost_node_is_left_behind_where_the_layout_allows(node_counts, lost, k
 
 def test_a_bad_node_is_left_out_of_the_next_job():
     action = decide([ended("bad_node", bad_nodes=("n2",))], NODES, PLENTY_S, POLICY)
+    assert (action.kind, action.exclude) == ("resubmit", ("n2",))
+
+
+def test_a_bad_node_stays_out():
+    history = [ended("bad_node", bad_nodes=("n2",)), ended("time_limit")]
+    action = decide(history, NODES, PLENTY_S, POLICY)
     assert (action.kind, action.exclude) == ("resubmit", ("n2",))
 
 
@@ -200,7 +207,7 @@ def test_whatever_happened(history, time_left_s, count):
     ending = history[-1]
     if action.kind == "restart":
         assert len(action.nodes) == count
-        assert not {*ending.lost_nodes, *ending.bad_nodes} & set(action.nodes)
+        assert not {*ending.lost_nodes, *(node for e in history for node in e.bad_nodes)} & set(action.nodes)
         assert time_left_s >= policy.min_time_left_s + action.delay_s
     if action.kind == "resubmit":
         assert action.exclude

@@ -61,6 +61,15 @@ def test_the_line_that_names_the_error(tmp_path, text, error):
     assert error_of(7, tmp_path / "log") == error
 
 
+def test_a_launcher_that_dies_is_found_in_the_main_log(evidence):
+    evidence.main_log.write_text("ImportError: of an earlier attempt\n")
+    evidence.prepare(["n1"])
+    assert evidence.launcher_error() == ""
+    with evidence.main_log.open("a") as file:
+        file.write("Traceback\nImportError: libx.so\nsrun: error: n1: task 0: Exited with exit code 1\n")
+    assert evidence.launcher_error() == "ImportError: libx.so"
+
+
 def test_the_end_of_a_large_file(tmp_path):
     (tmp_path / "log").write_text("x" * 100_000 + "\nlast but one\nlast\n")
     assert tail(tmp_path / "log", 2) == ["last but one", "last"]
@@ -70,7 +79,7 @@ def test_the_end_of_a_large_file(tmp_path):
 def test_only_whole_checkpoints_count(tmp_path):
     run_dir = RunDir(tmp_path)
     assert saved_step(run_dir) == 0
-    for name in ("step_00000020", "step_00000100"):
+    for name in ("step_00000020", "step_00000100_1"):
         (run_dir.checkpoints / name).mkdir(parents=True)
         (run_dir.checkpoints / name / "manifest.json").touch()
     (run_dir.checkpoints / ".step_00000120.incomplete").mkdir()

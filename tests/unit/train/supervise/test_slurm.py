@@ -13,7 +13,8 @@ JOB = Job(
     name="keye-8b", root="/shared/keye", run_dir="/shared/runs/8b", python="/venv/bin/python",
     arguments=("train", "debug", "--set", "train.steps=3"),
     nodes=2, spare_nodes=1, gpus_per_node=8, time_limit="1:00:00", lead_s=300, preflight="basic", hang_s=60.0, slow_phase_s=1800.0,
-    policy=Policy(node_counts=(2, 1)), site=Site(partition="gpu", account="lab", cpus_per_node=64, sbatch_options=("--exclusive",)),
+    policy=Policy(node_counts=(2, 1)), continues="",
+    site=Site(partition="gpu", account="lab", cpus_per_node=64, sbatch_options=("--exclusive",)),
 )  # fmt: skip
 
 
@@ -45,13 +46,15 @@ def test_srun():
         (Site(container="pyxis", image="/i.sqsh", mounts="/a:/b"), ["--container-image=/i.sqsh", "--container-mounts=/a:/b", "bash"]),
         (Site(container="pyxis", image="/i.sqsh"), ["--container-image=/i.sqsh", "bash"]),
         (Site(container="apptainer", image="/i.sif", mounts="/a:/b"), ["apptainer", "exec", "--nv", "--bind=/a:/b", "/i.sif", "bash"]),
+        (Site(gpu_option="gres"), ["--gres=gpu:8", "--overlap", "bash"]),
         (Site(gpu_option="", srun_options=("--mpi=none",)), ["--mpi=none", "bash"]),
     ],
 )
 def test_containers_and_options_of_a_site(site, expected):
     command = srun_command(replace(JOB, site=site), ["n1"])
+    command.remove("--kill-on-bad-exit=1")
     assert command[command.index("bash") - len(expected) + 1 : command.index("bash") + 1] == expected
-    assert any("gpus" in word for word in command) == bool(site.gpu_option)
+    assert any(word.startswith(("--gpus", "--gres")) for word in command) == bool(site.gpu_option)
 
 
 def test_torchrun_waits_for_a_save_as_long_as_the_time_limit_allows():

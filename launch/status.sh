@@ -1,0 +1,8 @@
+#!/usr/bin/env bash
+# How runs on SLURM are doing. `launch/status.sh --help` teaches.
+set -euo pipefail
+# shellcheck source=launch/lib.sh
+. "$(dirname "${BASH_SOURCE[0]}")/lib.sh"
+load_site
+find_python
+exec "$KEYE_PYTHON" -m megatron_keye.train.supervise.status "$@"
