@@ -1,13 +1,12 @@
 """Weights of a checkpoint as whole tensors under their canonical names, and checkpoints that are written from such tensors."""
 
-import hashlib
 from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from megatron_keye.checkpoint.files import DTYPE_NAMES, DTYPES, FileRecord, TensorSpec, flush_folder, write_stream, write_text
+from megatron_keye.checkpoint.files import DTYPE_NAMES, DTYPES, FileRecord, TensorSpec, flush_folder, write_recorded, write_text
 from megatron_keye.checkpoint.identity import stored_model
 from megatron_keye.checkpoint.load import CheckpointReader
 from megatron_keye.checkpoint.manifest import MANIFEST, WEIGHT, Identity, PartRecord, RunRecord, merge, read_manifest
@@ -43,8 +42,12 @@ class CheckpointTensors:
     def read_rows(self, name: str, start: int, stop: int) -> Tensor:
         spec = self.specs[name]
         wanted = Rectangle(start, 0, stop - start, matrix_shape(spec.shape)[1])
+        key = f"{WEIGHT}/{name}"
+        whole = self._reader.view(key, wanted)
+        if whole is not None:
+            return whole
         rows = torch.empty(wanted.num_rows, wanted.num_columns, dtype=spec.dtype)
-        self._reader.read(f"{WEIGHT}/{name}", wanted, rows)
+        self._reader.read(key, wanted, rows)
         return rows
 
 
@@ -67,17 +70,11 @@ def write_checkpoint(folder: Path, source: TensorSource, run: RunRecord, model: 
 def _write_file(path: Path, source: TensorSource, specs: dict[str, TensorSpec], on_bytes: OnBytes) -> FileRecord:
     names = {part_key(WEIGHT, name, Rectangle(0, 0, *matrix_shape(spec.shape))): name for name, spec in specs.items()}
     matrices = {key: TensorSpec(matrix_shape(specs[name].shape), specs[name].dtype) for key, name in names.items()}
-    digest = hashlib.sha256()
-
-    def on_block(block) -> None:
-        digest.update(block)
-        on_bytes(len(block))
 
     def chunks(key: str) -> Iterator[Tensor]:
         return row_blocks(source, names[key])
 
-    num_bytes = write_stream(path, matrices, chunks, on_block)
-    return FileRecord(path.name, num_bytes, digest.hexdigest())
+    return write_recorded(path, matrices, chunks, on_block=lambda block: on_bytes(len(block)))
 
 
 def _part(name: str, spec: TensorSpec) -> PartRecord:

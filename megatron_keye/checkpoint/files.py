@@ -11,6 +11,7 @@ import json
 import os
 import struct
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -23,8 +24,9 @@ from megatron_keye.errors import CheckpointError
 
 DTYPE_NAMES = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
 DTYPES = {name: dtype for dtype, name in DTYPE_NAMES.items()}
-CHUNK_BYTES = 32 << 20
-"""Most bytes on their way from a tensor to the disk at once."""
+Block = bytes | np.ndarray
+CHUNK_BYTES = 8 << 20
+"""Most bytes of a block on its way from a tensor to the disk. Small enough for memory that is freed to be used again."""
 MAX_HEADER_BYTES = 100 << 20
 """The safetensors library's own limit."""
 
@@ -58,9 +60,28 @@ def write_tensors(path: Path, tensors: Sequence[tuple[str, Tensor]]) -> FileReco
         flat = by_name[name].detach().reshape(-1)
         yield from flat.split(CHUNK_BYTES // flat.element_size())
 
-    digest = hashlib.sha256()
     specs = {name: TensorSpec(tuple(tensor.shape), tensor.dtype) for name, tensor in by_name.items()}
-    num_bytes = write_stream(path, specs, chunks, on_block=digest.update)
+    return write_recorded(path, specs, chunks)
+
+
+def write_recorded(
+    path: Path,
+    specs: Mapping[str, TensorSpec],
+    chunks: Callable[[str], Iterable[Tensor]],
+    on_block: Callable[[Block], object] = lambda block: None,
+) -> FileRecord:
+    """As `write_stream`, with a checksum that a thread computes one block behind: hashing leaves the interpreter's lock."""
+    digest, hashing = hashlib.sha256(), None
+    with ThreadPoolExecutor(max_workers=1) as pool:
+
+        def hash_and_tell(block: Block) -> None:
+            nonlocal hashing
+            if hashing is not None:
+                hashing.result()
+            hashing = pool.submit(digest.update, block)
+            on_block(block)
+
+        num_bytes = write_stream(path, specs, chunks, hash_and_tell)
     return FileRecord(path.name, num_bytes, digest.hexdigest())
 
 
@@ -68,7 +89,7 @@ def write_stream(
     path: Path,
     specs: Mapping[str, TensorSpec],
     chunks: Callable[[str], Iterable[Tensor]],
-    on_block: Callable[[bytes | np.ndarray], object],
+    on_block: Callable[[Block], object],
     metadata: Mapping[str, str] | None = None,
 ) -> int:
     """Write a new file of the tensors `specs`, flushed to disk; returns its size in bytes. Host memory used: one chunk.

@@ -116,6 +116,16 @@ class CheckpointReader:
         if found != wanted.numel:
             raise CheckpointError(f"{self.path} holds {found} of {wanted.numel} elements of {wanted} of {key}; use another checkpoint")
 
+    def view(self, key: str, wanted: Rectangle) -> Tensor | None:
+        """Rectangle `wanted` of tensor `key` as a view of its file, where one stored rectangle holds all of it; else None."""
+        record = self.manifest.tensors[key]
+        for number in record.files:
+            file, places = self._places(number)
+            for name, stored in places.get(key, ()):
+                if stored.common(wanted) == wanted:
+                    return file.tensor(name)[wanted.index_within(stored)]
+        return None
+
     def _index(self, number: int) -> tuple[TensorFile, dict[str, list[tuple[str, Rectangle]]]]:
         """A file, and the names in it with their rectangles, by key."""
         file = TensorFile(self.path / self.manifest.files[number].name)
