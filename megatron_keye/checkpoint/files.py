@@ -188,6 +188,8 @@ class TensorFile:
     def tensor(self, name: str) -> Tensor:
         """The tensor as a view of the file: to be copied from, not to be written to."""
         spec, start = self._specs[name], self._starts[name]
+        if not spec.num_bytes:
+            return torch.empty(spec.shape, dtype=spec.dtype)
         return torch.from_numpy(self._data[start : start + spec.num_bytes]).view(spec.dtype).view(spec.shape)
 
 
