@@ -145,6 +145,8 @@ class Training:
         began_s = time.perf_counter()
         fed = feed.next_step()
         factor = lr_factor(fed.plan.step, self.config)
+        if self.runtime.is_main:
+            self.run_dir.note_step(fed.plan.step, list(map(self.inputs.train.sample_id, fed.plan.members)))
         result = self.step.run(fed.batch, factor)
         took_s = time.perf_counter() - began_s
         lr = self.config.optimizer.lr * factor

@@ -7,6 +7,7 @@
     checkpoints/      step_00000123/ ...
     hf/               step_123/ ..., Hugging Face folders, where train.export_hf_every_steps asks for them
     heartbeats/rankN  "step time phase", renewed at every phase change
+    step.json         the step that is being trained, and its samples
     stacks/rankN      empty; the stacks of a rank's threads where its watchdog or a fatal signal ended it
     tensorboard/
     STOP, SAVE        put there by anyone: end the run at the next step with a checkpoint; checkpoint now and go on
@@ -42,6 +43,7 @@ class RunDir:
         self.ledger = self.path / "ledger.jsonl"
         self.checkpoints = self.path / "checkpoints"
         self.config = self.path / "config.yaml"
+        self.step = self.path / "step.json"
         self.tensorboard = self.path / "tensorboard"
 
     def create(self) -> None:
@@ -69,6 +71,10 @@ class RunDir:
 
     def stacks(self, rank: int) -> Path:
         return self.path / "stacks" / f"rank{rank}"
+
+    def note_step(self, step: int, sample_ids: list[str]) -> None:
+        """Say what is about to be trained: the ledger's line comes only when the step is over, which a step that ends the run never is."""
+        write_atomically(self.step, json.dumps({"step": step, "samples": sample_ids}) + "\n")
 
     def is_asked(self, name: str) -> bool:
         """Whether somebody put the file `name` (STOP or SAVE) there."""

@@ -81,20 +81,24 @@ NO_MEGATRON = (
 
 @pytest.mark.parametrize(("file", "code", "error"), [NO_TORCH, NO_MEGATRON], ids=["launcher", "one rank"])
 def test_what_cannot_be_imported_ends_with_a_diagnosis(drill: Drill, tmp_path, file, code, error):
-    """The same error again and again: after three attempts nobody tries any more."""
+    """The same error again and again, on another node too: after three attempts nobody tries any more."""
     (tmp_path / "broken").mkdir()
     (tmp_path / "broken" / file).write_text(code)
     drill.site.write_text(drill.site.read_text() + f"PYTHONPATH={tmp_path / 'broken'}\n")
-    job = drill.submit()
-    drill.wait_for_end_of(job)
-    assert drill.cluster.job(job, "ExitCode") == f"{GIVEN_UP}:0"
+    drill.submit()
+    diagnosis = drill.run_dir.path / "failure.json"
+    drill.wait_until(diagnosis.exists, "the diagnosis")
+    last = drill.attempts()[-1]
+    drill.wait_for_end_of(last.job)
+    assert drill.cluster.job(last.job, "ExitCode") == f"{GIVEN_UP}:0"
     assert drill.causes() == ["crash"] * 3
-    failure = json.loads((drill.run_dir.path / "failure.json").read_text())
+    failure = json.loads(diagnosis.read_text())
     assert error in failure["error"]
     assert any(error in line for line in failure["last_lines"])
     assert failure["last_step"] == 0
     if file == NO_MEGATRON[0]:
-        assert (failure["first_failure"]["rank"], failure["first_failure"]["node"]) == (1, "gpu2")
+        assert failure["first_failure"]["rank"] == 1
+        assert [ending.culprit for ending in drill.endings()] == ["gpu2", "gpu2", "gpu3"]
 
 
 def test_a_chain_submitted_twice(drill: Drill, tmp_path):

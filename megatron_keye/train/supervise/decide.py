@@ -79,12 +79,12 @@ def cause_of(seen: Observed) -> Cause:
         ("disk_full", any(text in failure.error for failure in seen.failures for text in NO_ROOM)),
         ("settings", SETTINGS in codes),
         ("numbers", NUMBERS in codes),
+        ("stopped", seen.stop_requested),
+        ("time_limit", seen.fate == "timed_out"),
+        (seen.asked or "preempted", bool(seen.asked)),
         ("lost_node", bool(seen.lost_nodes)),
         ("bad_node", bool(seen.bad_nodes)),
         ("hang", seen.stalled),
-        ("stopped", seen.stop_requested),
-        ("time_limit", seen.fate == "timed_out"),
-        (seen.asked or "preempted", bool(seen.asked) and not seen.failures),
         ("preempted", bool(seen.nodes) and told_to_end),
     )
     return next((cause for cause, holds in rules if holds), "crash")

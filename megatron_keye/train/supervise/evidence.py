@@ -46,6 +46,7 @@ class Evidence:
         (self.folder / "hosts").write_text("".join(f"{node}\n" for node in nodes), encoding="utf-8")
         kept = (f"{name}={value}\n" for name, value in sorted(os.environ.items()) if not any(part in name.upper() for part in SECRET))
         (self.folder / "environment").write_text("".join(kept), encoding="utf-8")
+        self._run_dir.step.unlink(missing_ok=True)
         for name in ("heartbeats", "stacks"):
             for file in (self._run_dir.path / name).glob("rank*"):
                 file.unlink(missing_ok=True)
@@ -99,6 +100,15 @@ class Evidence:
 
     def _rank_log(self, node: str, local_rank: int) -> Path | None:
         return next(iter(sorted((self.folder / "ranks" / node).glob(f"*/attempt_*/{local_rank}/stderr.log"))), None)
+
+
+def samples_of_step(run_dir: RunDir, step: int) -> list[str]:
+    """Ids of the samples of the step that was being trained; empty where another one was, or none had begun."""
+    try:
+        noted = json.loads(_text(run_dir.step))
+    except ValueError:
+        return []
+    return noted["samples"] if noted["step"] == step else []
 
 
 def saved_step(run_dir: RunDir) -> int:

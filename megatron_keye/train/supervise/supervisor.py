@@ -2,8 +2,9 @@
 
 import signal
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from typing import TypeVar
 
 from megatron_keye.errors import KeyeError
 from megatron_keye.train.run_dir import RunDir
@@ -14,6 +15,9 @@ from megatron_keye.train.supervise.decide import Action, Ending, Observed, cause
 from megatron_keye.train.supervise.diagnosis import write_diagnosis
 from megatron_keye.train.supervise.evidence import Evidence, saved_step
 from megatron_keye.train.supervise.journal import Attempt, Journal
+
+RETRY_PAUSES_S = (5.0, 30.0, 60.0, 120.0)
+Answer = TypeVar("Answer")
 
 
 class Supervisor:
@@ -32,6 +36,7 @@ class Supervisor:
         """Attempts until the run is over for this job. Returns the job's exit code."""
         signal.signal(signal.SIGUSR1, lambda *_: self._asked.ask("time_limit"))
         signal.signal(signal.SIGTERM, lambda *_: self._asked.ask("preempted"))
+        self._run_dir.answer("STOP")  # meant for an earlier start
         self._close_vanished()
         nodes = choose_nodes(self._allocation.nodes, self._job.policy.node_counts)
         checked = self._job.preflight == "off"
@@ -105,15 +110,33 @@ class Supervisor:
 
     def _requeue(self) -> None:
         try:
-            slurm.requeue(self._job_id)
+            self._insist(lambda: slurm.requeue(self._job_id))
         except KeyeError as error:
             self._say(f"{error}; submitting a new job instead")
             self._resubmit(())
 
     def _resubmit(self, exclude: Sequence[str]) -> None:
-        job_id = slurm.submit(self._job, exclude)
+        try:
+            job_id = self._insist(lambda: slurm.submit(self._job, exclude))
+        except KeyeError as error:
+            if not exclude:
+                raise
+            # Too few other nodes: better to wait for these to be repaired than to wait for ever.
+            self._say(f"{error}; going on with {', '.join(exclude)}")
+            slurm.requeue(self._job_id)
+            return
         slurm.redirect_dependents(self._job_id, job_id)
         self._say(f"job {job_id} goes on, without {', '.join(exclude) or 'leaving out any node'}")
+
+    def _insist(self, call: Callable[[], Answer]) -> Answer:
+        """The answer of a SLURM command, which is not there while slurmctld is restarted. Raises the last KeyeError."""
+        for pause_s in RETRY_PAUSES_S:
+            try:
+                return call()
+            except KeyeError as error:
+                self._say(f"{error}; again in {pause_s:.0f} s")
+                time.sleep(pause_s)
+        return call()
 
     def _close_vanished(self) -> None:
         """An attempt without an ending lost its host, and with it its supervisor."""
