@@ -38,7 +38,7 @@ from megatron_keye.plan.ledger_proof import RunFiles, SavedPoint
 from megatron_keye.plan.mixture import Mixture
 from megatron_keye.plan.types import StepPlan
 from megatron_keye.train.placement import plan_settings
-from megatron_keye.train.run_dir import RunDir
+from megatron_keye.train.run_dir import RunDir, writing
 
 
 class StoredSamples(Protocol):
@@ -90,7 +90,7 @@ class LedgerWriter:
             ))  # fmt: skip
 
     def step(self, plan: StepPlan, after: Cursor, skipped: Sequence[Skipped], updated: bool) -> None:
-        """Append the line of a step, with those of its samples that were left out."""
+        """Append the line of a step, with those of its samples that were left out. Raises KeyeError where it cannot be written."""
         dataset, positions = self._dataset, np.array(plan.positions, np.int64)
         line = StepLine(
             step=plan.step,
@@ -120,7 +120,7 @@ class LedgerWriter:
 
     def _append(self, line: Line) -> None:
         line = chained(line, self.chain)
-        with self._path.open("a", encoding="utf-8") as file:
+        with writing(self._path), self._path.open("a", encoding="utf-8") as file:
             file.write(line_text(line))
         self.chain = line.chain
 

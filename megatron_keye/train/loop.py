@@ -34,7 +34,7 @@ from megatron_keye.train.live_export import LiveExport
 from megatron_keye.train.loading import Loading
 from megatron_keye.train.placement import Planner
 from megatron_keye.train.recorder import Recorder, StepRecord
-from megatron_keye.train.run_dir import RunDir, write_atomically
+from megatron_keye.train.run_dir import RunDir, write_atomically, writing
 from megatron_keye.train.runtime import Runtime
 from megatron_keye.train.schedule import lr_factor
 from megatron_keye.train.step import TrainStep
@@ -247,7 +247,8 @@ class Training:
 
     def _announce(self, cursor: Cursor) -> None:
         if self.runtime.is_main:
-            write_atomically(self.run_dir.config, dump_config(self.config))
+            with writing(self.run_dir.config):
+                write_atomically(self.run_dir.config, dump_config(self.config))
         train = self.inputs.train
         for note in self._loaded_notes:
             self.recorder.say(note)

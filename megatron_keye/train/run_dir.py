@@ -66,8 +66,10 @@ class RunDir:
             yield
 
     def heartbeat(self, rank: int, step: int, phase: str) -> None:
-        """Say that `rank` is alive in `phase` (setup, load, step, save, eval) of `step`."""
-        write_atomically(self.path / "heartbeats" / f"rank{rank}", f"{step} {time.time():.3f} {phase}\n")
+        """Say that `rank` is alive in `phase` (setup, load, step, save, eval) of `step`. Raises KeyeError."""
+        path = self.path / "heartbeats" / f"rank{rank}"
+        with writing(path):
+            write_atomically(path, f"{step} {time.time():.3f} {phase}\n")
 
     def stacks(self, rank: int) -> Path:
         return self.path / "stacks" / f"rank{rank}"
@@ -89,7 +91,8 @@ class RunDir:
         return (self.path / "DONE").exists()
 
     def mark_done(self, step: int) -> None:
-        write_atomically(self.path / "DONE", f"{step}\n")
+        with writing(self.path / "DONE"):
+            write_atomically(self.path / "DONE", f"{step}\n")
 
 
 def _try_lock(file) -> bool:
@@ -101,6 +104,18 @@ def _try_lock(file) -> bool:
     except OSError as error:
         return error.errno in NO_LOCKS
     return True
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Raises KeyeError, which names `path`, where the system refuses a write: the disk is full, or the folder is gone."""
+    try:
+        yield
+    except OSError as error:
+        raise KeyeError(
+            f"cannot write {path} ({error.strerror}): make room or repair the folder, and start again; the run goes on from its newest "
+            "checkpoint"
+        ) from error
 
 
 def write_atomically(path: Path, text: str) -> None:
@@ -117,16 +132,17 @@ class JsonLines:
         self.path = path
 
     def keep_before(self, step: int) -> None:
-        """Drop the lines of steps from `step` on, which a resumed run will write again, and any that is torn."""
+        """Drop the lines of steps from `step` on, which a resumed run will write again, and any that is torn. Raises KeyeError."""
         if not self.path.exists():
             return
         kept = [line for line in self.path.read_text(encoding="utf-8").splitlines() if _step_of(line) < step]
-        write_atomically(self.path, "".join(f"{line}\n" for line in kept))
+        with writing(self.path):
+            write_atomically(self.path, "".join(f"{line}\n" for line in kept))
 
     def append(self, fields: dict) -> None:
-        """Numbers that are not finite become null, which is all that JSON has for them."""
+        """Numbers that are not finite become null, which is all that JSON has for them. Raises KeyeError."""
         finite = {name: None if isinstance(value, float) and not math.isfinite(value) else value for name, value in fields.items()}
-        with self.path.open("a", encoding="utf-8") as file:
+        with writing(self.path), self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(finite, allow_nan=False) + "\n")
 
 

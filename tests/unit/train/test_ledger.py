@@ -7,7 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from megatron_keye.errors import LedgerError
+from megatron_keye.errors import KeyeError, LedgerError
 from megatron_keye.plan.blend import CYCLE
 from megatron_keye.plan.cursor import Cursor
 from megatron_keye.plan.digest import ledger_digest
@@ -155,6 +155,15 @@ def test_lines_are_on_disk_after_a_flush_or_it_says_why(run, monkeypatch):
     monkeypatch.setattr("os.fsync", full)
     with pytest.raises(LedgerError, match=r"ledger\.jsonl cannot be written to disk \(No space left on device\): make room"):
         run.writer.flush()
+
+
+def test_a_line_that_cannot_be_written_ends_the_run_with_the_reason(run, monkeypatch):
+    def full(self, *args, **kwargs):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("pathlib.Path.open", full)
+    with pytest.raises(KeyeError, match=r"cannot write .*ledger\.jsonl \(No space left on device\): make room"):
+        run.steps(1)
 
 
 def test_without_a_ledger_a_new_one_goes_on_from_the_checkpoint(run):

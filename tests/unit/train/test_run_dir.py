@@ -3,6 +3,7 @@
 import errno
 import json
 import math
+import resource
 import subprocess
 import sys
 import time
@@ -78,6 +79,28 @@ def test_a_failed_write_leaves_the_old_text(run, monkeypatch):
     with pytest.raises(OSError, match="power cut"):
         write_atomically(run.config, "new")
     assert run.config.read_text() == "old"
+
+
+WRITES = {
+    "heartbeats/rank0": lambda run, lines: run.heartbeat(0, 1, "step"),
+    "metrics.jsonl": lambda run, lines: lines.append({"step": 5}),
+    "metrics.jsonl at a start": lambda run, lines: lines.keep_before(9),
+    "DONE": lambda run, lines: run.mark_done(5),
+}
+
+
+@pytest.mark.parametrize("name", WRITES)
+def test_a_full_disk_is_named_with_the_file_and_the_remedy(run, lines, name):
+    """A limit on file sizes, under which a write fails in the middle of a file, as on a full disk."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (0, before[1]))
+    try:
+        with pytest.raises(KeyeError, match=rf"cannot write .*{name.split()[0]} \(File too large\): make room .* start again"):
+            WRITES[name](run, lines)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    lines.append({"step": 5})
+    assert steps_in(lines) == list(range(6))
 
 
 def test_nothing_but_the_file_itself_remains(run):
