@@ -126,6 +126,24 @@ def test_new_rules_open_a_segment_and_old_ones_stay(run):
     assert run.text == before, "the segment had no step in the checkpoint"
 
 
+def test_stages_that_are_over_do_not_open_a_segment(tmp_path):
+    """A resume state forgets the stages before its cursor, which changes nothing about what is to come."""
+    path = tmp_path / "ledger.jsonl"
+    sources = [Source("web", "f1", N, 3), Source("vqa", "f2", N, 3)]
+    mixture = fresh_mixture(sources, (CYCLE // 2, CYCLE // 2), 3, 2).with_weights((CYCLE // 4, CYCLE * 3 // 4), 8)
+    both = rules().model_copy(update={"mixture": mixture})
+    writer = LedgerWriter(path, Samples(), both, Cursor(), CHAIN_START)
+    cursor = Cursor()
+    for step in range(3):
+        cursor = Cursor(step + 1, 4 * step + 4, ledger_digest(cursor.ledger, (step,)))
+        plan = SimpleNamespace(step=step, positions=tuple(range(4 * step, 4 * step + 4)), members=(step,))
+        writer.step(plan, cursor, [], updated=True)
+    before = path.read_text()
+    assert both.since(12) != both
+    LedgerWriter(path, Samples(), both.since(12), cursor, writer.chain)
+    assert path.read_text() == before
+
+
 def lost_line(text):
     return "".join(text.splitlines(keepends=True)[:-2])
 
