@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Iterable
+from contextlib import suppress
 from pathlib import Path
 
 
@@ -10,7 +11,8 @@ def family(pid: int) -> list[int]:
     found = [pid]
     for parent in found:
         for thread in Path(f"/proc/{parent}/task").iterdir():
-            found += [int(child) for child in (thread / "children").read_text().split()]
+            with suppress(FileNotFoundError, ProcessLookupError):  # a thread that has ended meanwhile
+                found += [int(child) for child in (thread / "children").read_text().split()]
     return found
 
 
