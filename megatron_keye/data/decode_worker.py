@@ -1,19 +1,27 @@
 """The worker program of a training run: its own data sets, one thread, behind `worker.main`."""
 
 import sys
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import cv2
-import torch
-
-from megatron_keye.config.schema import DataConfig
-from megatron_keye.data.mixture import MixedDataset, open_samples
-from megatron_keye.data.tokenizer import load_tokenizer
 from megatron_keye.data.worker import main
 
+if TYPE_CHECKING:
+    from megatron_keye.data.mixture import MixedDataset
 
-def open_sets(sets: list[dict[str, Any]]) -> list[MixedDataset]:
+
+def open_sets(sets: list[dict[str, Any]]) -> "list[MixedDataset]":
     """The data sets, as `workers.SampleSet.to_json` describes them."""
+    # These take seconds to import. By now `main` has told the kernel to end this process with its parent; before, a run that is
+    # killed would leave it behind for as long.
+    import cv2
+    import torch
+
+    from megatron_keye.config.schema import DataConfig
+    from megatron_keye.data.mixture import open_samples
+    from megatron_keye.data.tokenizer import load_tokenizer
+
+    torch.set_num_threads(1)
+    cv2.setNumThreads(1)
     opened = []
     for described in sets:
         config, variant = DataConfig.model_validate(described["data"]), described["variant"]
@@ -22,6 +30,4 @@ def open_sets(sets: list[dict[str, Any]]) -> list[MixedDataset]:
 
 
 if __name__ == "__main__":
-    torch.set_num_threads(1)
-    cv2.setNumThreads(1)
     sys.exit(main(open_sets))

@@ -219,6 +219,12 @@ def test_workers_end_with_their_parent_whatever_they_do(tmp_path, deed):
     assert not any(is_alive(pid) for pid in pids)
 
 
+def test_a_worker_is_bound_to_its_parent_before_it_imports_what_takes_seconds():
+    code = "import sys, megatron_keye.data.decode_worker; print(sorted({'torch', 'cv2', 'transformers'} & set(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
 @pytest.mark.parametrize("variant", ["keye_vl_1_5", "keye_vl_preview"])
 def test_real_workers_read_what_threads_read(indexed, tokenizer_folder, variant):
     given = load_config("debug").data
