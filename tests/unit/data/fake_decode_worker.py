@@ -74,7 +74,7 @@ DEEDS = {
     "kill": lambda: os.kill(os.getpid(), signal.SIGKILL),
     "stop": lambda: os.kill(os.getpid(), signal.SIGSTOP),
     "hang": lambda: time.sleep(600),
-    "bloat": lambda: bytearray(8 << 30),
+    "bloat": lambda: bytearray(1 << 30),
     "exit": lambda: os._exit(3),
     "slow": lambda: time.sleep(0.3),
     "data": lambda: fail(DataError("the picture is cut off")),

@@ -21,6 +21,9 @@ class Faults:
         self.short_bytes = 0
         """Leave so many bytes out of every body, and say so in its length."""
         self.ignore_ranges = False
+        self.gate = threading.Event()
+        """Answers to tables of an index wait for it."""
+        self.gate.set()
         self.pattern = ""
         """Only paths that match."""
         self.lock = threading.Lock()
@@ -50,6 +53,8 @@ def handler(folder: Path, faults: Faults):
                 fails = is_wrong and faults.fail_first > 0
                 faults.fail_first -= fails
             time.sleep(faults.latency_s)
+            if self.path.endswith(".npy"):
+                faults.gate.wait(60)
             if fails:
                 return self._send(faults.status, b"not now")
             path = folder / self.path.lstrip("/")

@@ -37,9 +37,11 @@ class Samples:
     def __init__(self, bad=()):
         self.bad = bad
         self.threads = set()
+        self.num_read = 0
 
     def tokens(self, sample):
         self.threads.add(threading.get_ident())
+        self.num_read += 1
         shape = SHAPES[sample]
         ids = np.arange(shape.num_tokens, dtype=np.int32) + 10 * sample
         return TokenizedSample(ids, ids > 10 * sample, shape)
@@ -114,6 +116,14 @@ def test_a_sample_that_occurs_twice_is_in_both_places():
     twice = ReplicaPlan((Row((Document(4, SHAPES[4], 0, 4), Document(4, SHAPES[4], 4, 4)), 8),), (), 0)
     loader = ReplicaLoader(ThreadSource(Samples(), threads=2), pad_id=PAD, skip_bad=False)
     assert loader.load(twice).rows[0].token_ids.tolist() == [40, 41, 42, 9, 40, 41, 42, 9]
+    loader.close()
+
+
+def test_bytes_are_counted_per_step():
+    samples = Samples()
+    loader = ReplicaLoader(ThreadSource(samples, 2, bytes_read=lambda: 100 * samples.num_read), pad_id=PAD, skip_bad=False)
+    assert [loader.load(PLAN).bytes_read for _ in range(3)] == [300, 300, 300]
+    assert (loader.counts.samples, loader.counts.bytes_read) == (9, 900)
     loader.close()
 
 

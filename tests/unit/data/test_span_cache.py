@@ -2,11 +2,12 @@
 
 import multiprocessing
 import os
+import threading
 import time
 
 import pytest
 
-from megatron_keye.data.span_cache import ABANDONED_AFTER_S, CRC_BYTES, PARTIAL, SpanCache
+from megatron_keye.data.span_cache import ABANDONED_AFTER_S, CRC_BYTES, PARTIAL, SpanCache, locked
 
 
 def size_of(folder):
@@ -96,6 +97,18 @@ def test_a_disk_that_refuses_costs_the_cache_alone(tmp_path, caplog):
     cache.put("a", b"bytes")
     assert cache.get("a") is None
     assert "cannot keep data in the cache" in caplog.text
+
+
+def test_an_entry_waits_for_whoever_changes_the_sum(tmp_path):
+    cache = SpanCache(tmp_path, 1000)
+    putting = threading.Thread(target=cache.put, args=("a", b"bytes"))
+    with locked(tmp_path / "lock"):
+        putting.start()
+        putting.join(0.2)
+        assert putting.is_alive()
+        assert cache.get("a") is None
+    putting.join(10)
+    assert cache.get("a") == b"bytes"
 
 
 def use(folder, limit_bytes, seed):

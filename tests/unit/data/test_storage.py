@@ -3,6 +3,7 @@
 import shutil
 import subprocess
 import sys
+import time
 from functools import partial
 
 import fsspec
@@ -12,7 +13,7 @@ import pytest
 from megatron_keye.config.load import load_config
 from megatron_keye.config.schema import LoaderConfig, StorageConfig
 from megatron_keye.data.dataset import Dataset
-from megatron_keye.data.index import open_index
+from megatron_keye.data.index import TABLES, open_index
 from megatron_keye.data.locations import open_store
 from megatron_keye.data.mixture import open_samples
 from megatron_keye.data.shards import Span
@@ -244,11 +245,15 @@ open_index(sys.argv[1], StorageConfig(cache=sys.argv[2]))
 
 def test_processes_of_one_machine_fetch_the_index_once(server, tmp_path):
     url, faults = server
-    faults.latency_s = 0.02
+    faults.gate.clear()
     processes = [subprocess.Popen([sys.executable, "-c", OPEN, url, str(tmp_path / "cache")]) for _ in range(3)]
+    while sum(path.endswith("index.json") for _, path, _ in faults.requests) < 3:
+        time.sleep(0.02)
+    time.sleep(0.2)  # all of them want the tables now
+    faults.gate.set()
     assert [process.wait(60) for process in processes] == [0, 0, 0]
     tables = [path for method, path, _ in faults.requests if path.endswith(".npy") and method == "GET"]
-    assert len(tables) == len(set(tables)) == 6
+    assert len(tables) == len(set(tables)) == len(TABLES)
 
 
 def test_workers_read_from_a_url_and_say_when_it_is_gone(server, tokenizer, tokenizer_folder, tmp_path):

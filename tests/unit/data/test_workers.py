@@ -33,7 +33,7 @@ def fake_set(folder, behaviour, fingerprint="fake"):
 
 @contextmanager
 def fake_pool(folder, behaviour, workers=1, deadline_s=DEADLINE_S, fingerprint="fake"):
-    settings = LoaderConfig(workers=workers, worker_memory_bytes=2 << 30, worker_deadline_s=deadline_s)
+    settings = LoaderConfig(workers=workers, worker_memory_bytes=256 << 20, worker_deadline_s=deadline_s)
     pool = DecodeWorkers([fake_set(folder, behaviour, fingerprint)], settings, command=FAKE)
     try:
         yield pool
