@@ -4,17 +4,20 @@ VENV := .venv
 BIN := $(VENV)/bin
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 N ?= 2
+LIVES ?= 300
+SEED ?= 0
 TORCH := torch==2.13.0
 STAMP := $(VENV)/.complete
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: help setup data train train-long test test-slow slurm-drills slurm-drills-fast lint smoke clean
+.PHONY: help setup data train train-long test test-slow chaos slurm-drills slurm-drills-fast lint smoke clean
 
 help:
 	@echo "make train       set up, make the demo data, train the debug-size Keye-VL-1.5 on N=$(N) processes, evaluate (10 minutes)"
 	@echo "make train-long  the same model trained longer (45 minutes)"
 	@echo "make test        set up, then the CPU tests (15 minutes)"
 	@echo "make test-slow   the tests that kill whole runs (minutes)"
+	@echo "make chaos       runs that are killed, stopped and starved of disk LIVES=$(LIVES) times, against undisturbed ones (15 minutes)"
 	@echo "make slurm-drills  what launch/ promises, on a SLURM cluster inside this machine (20 minutes; root, Debian's slurm packages)"
 	@echo "make smoke       layouts, training, resume and scoring on two GPUs or two CPU processes (10 minutes)"
 	@echo "make lint        ruff over the code, shellcheck over the launchers where it is installed"
@@ -53,6 +56,9 @@ test: setup
 
 test-slow: setup
 	$(BIN)/python -m pytest -q -m "slow and not slurm" tests
+
+chaos: setup
+	$(BIN)/python -m tests.chaos --seed $(SEED) --lives $(LIVES)
 
 slurm-drills: setup
 	$(BIN)/python -m pytest -q -m slurm tests/slurm

@@ -42,10 +42,9 @@ def quiet(number, report):
 
 
 def test_random_violence_leaves_no_trace(mixed, board, tmp_path):
-    """Six random lives, each under another layout. What they were is in the message of a failure."""
+    """Six random lives. A failure names the one that it followed on."""
     report = run_campaign(mixed, schedule(SEED, 6), tmp_path, board, quiet)
-    assert len(report.strikes) >= 5
-    assert report.num_restarts >= 5
+    assert report.kills and report.num_restarts
 
 
 def test_restarts_at_the_beginning_a_window_edge_and_an_epoch_end_and_three_in_a_row(alone, board, tmp_path):
