@@ -75,8 +75,8 @@ def anonymous_bytes() -> int:
     return next(int(line.split()[1]) * 1024 for line in status.splitlines() if line.startswith("RssAnon"))
 
 
-def measured(kind: str, source: Path, output: Path) -> tuple[float, int]:
-    """(seconds, peak of anonymous memory in bytes) of one way to write `output`, in this process."""
+def measured(kind: str, source: Path, output: Path) -> tuple[float, float, int]:
+    """(seconds, CPU seconds, peak of anonymous memory in bytes) of one way to write `output`, in this process."""
     ways = {
         "copy": lambda: copy(source, output),
         "hf-to-megatron": lambda: import_hf(source).write(output),
@@ -91,20 +91,20 @@ def measured(kind: str, source: Path, output: Path) -> tuple[float, int]:
 
     thread = threading.Thread(target=watch)
     thread.start()
-    began_s = time.perf_counter()
+    began_s, began_cpu_s = time.perf_counter(), time.process_time()
     ways[kind]()
-    took_s = time.perf_counter() - began_s
+    took_s, cpu_s = time.perf_counter() - began_s, time.process_time() - began_cpu_s
     done.set()
     thread.join()
-    return took_s, peak
+    return took_s, cpu_s, peak
 
 
-def run(kind: str, source: Path, output: Path) -> tuple[float, int]:
+def run(kind: str, source: Path, output: Path) -> tuple[float, float, int]:
     """`measured` in a process of its own, after what is still to be written is on disk."""
     os.sync()
     command = [sys.executable, "-m", "benchmarks.convert", "--measure", kind, str(source), str(output)]
-    seconds, peak = subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()
-    return float(seconds), int(peak)
+    seconds, cpu_s, peak = subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()
+    return float(seconds), float(cpu_s), int(peak)
 
 
 def compare(folder: Path, num_layers: int, repeats: int) -> None:
@@ -112,13 +112,13 @@ def compare(folder: Path, num_layers: int, repeats: int) -> None:
     print(f"{num_bytes / 1e9:.2f} GB of tensors; ratios are of the speed of copying, in the same round")
     ratios: dict[str, list[float]] = {"hf-to-megatron": [], "megatron-to-hf": []}
     for number in range(repeats):
-        copy_s, _ = run("copy", folder / "hf", folder / "copy")
+        copy_s, copy_cpu_s, _ = run("copy", folder / "hf", folder / "copy")
         shutil.rmtree(folder / "copy")
-        line = [f"round {number + 1}: copy {num_bytes / copy_s / 1e6:,.0f} MB/s"]
+        line = [f"round {number + 1}: copy {num_bytes / copy_s / 1e6:,.0f} MB/s ({copy_cpu_s:.1f} CPU s)"]
         for kind, source, output in (("hf-to-megatron", "hf", "checkpoint"), ("megatron-to-hf", "checkpoint", "back")):
-            took_s, peak = run(kind, folder / source, folder / output)
+            took_s, cpu_s, peak = run(kind, folder / source, folder / output)
             ratios[kind].append(copy_s / took_s)
-            line.append(f"{kind} {copy_s / took_s:.2f} (anonymous memory {peak / 1e6:,.0f} MB)")
+            line.append(f"{kind} {copy_s / took_s:.2f} ({cpu_s:.1f} CPU s, anonymous memory {peak / 1e6:,.0f} MB)")
         for output in ("checkpoint", "back"):
             shutil.rmtree(folder / output)
         print(", ".join(line), flush=True)

@@ -384,43 +384,48 @@ def test_two_conversions_to_one_place_do_not_touch_each_other(tmp_path):
 
 
 def test_memory_does_not_grow_with_the_model(tmp_path):
-    """Anonymous memory beyond what the imports take: less than the largest tensor, on 500 MB of weights."""
-    model = small_model("keye_vl_1_5")
-    rows = 1_000_000
-    decoder = model.decoder.model_copy(update={"vocab_size": rows})
-    source = write_hf_folder(tmp_path / "hf", "keye_vl_1_5")
-    tensors = tensors_of(model)
+    """After a small conversion, one of 128 MB takes no more anonymous memory than a few blocks: less than one of its tables."""
+    rows = 250_000
+    source, small = write_hf_folder(tmp_path / "hf", "keye_vl_1_5"), write_hf_folder(tmp_path / "small", "keye_vl_1_5")
+    tensors = tensors_of(small_model("keye_vl_1_5"))
     tensors |= {name: torch.randn(rows, 64) for name in ("model.embed_tokens.weight", "lm_head.weight")}
     save_hf_weights(source, tensors, 1 << 30)
-    config = json.loads((source / "config.json").read_text()) | {"vocab_size": decoder.vocab_size}
+    config = json.loads((source / "config.json").read_text()) | {"vocab_size": rows}
     (source / "config.json").write_text(json.dumps(config))
-    for command in (["hf-to-megatron", source, tmp_path / "checkpoint"], ["megatron-to-hf", tmp_path / "checkpoint", tmp_path / "back"]):
-        script = [sys.executable, "-c", MEASURED, command[0], "--input", str(command[1]), "--output", str(command[2])]
-        done = subprocess.run(script, cwd=ROOT, capture_output=True, text=True, check=True)
-        before, peak = map(int, done.stdout.splitlines()[-1].split())
-        assert peak - before < 200e6, f"{command[0]} took {(peak - before) / 1e6:.0f} MB for tensors of 256 MB"
+    script = [sys.executable, "-c", MEASURED, str(small), str(source), str(tmp_path)]
+    done = subprocess.run(script, cwd=ROOT, capture_output=True, text=True, check=True)
+    taken_bytes = dict(line.split() for line in done.stdout.splitlines() if line.startswith(("megatron-to-hf ", "hf-to-megatron ")))
+    assert set(taken_bytes) == {"hf-to-megatron", "megatron-to-hf"}
+    assert max(map(int, taken_bytes.values())) < 40e6, f"{taken_bytes} for tables of 64 MB"
 
 
 MEASURED = """
 import sys, threading, time
+from pathlib import Path
 from data_tools import convert
 
 def anonymous():
     return next(int(line.split()[1]) * 1024 for line in open("/proc/self/status") if line.startswith("RssAnon"))
 
-peak, before, done = 0, anonymous(), False
+def run(command, source, output):
+    assert convert.main([command, "--input", str(source), "--output", str(output)]) == 0
 
 def watch():
     global peak
     while not done:
         peak = max(peak, anonymous())
-        time.sleep(0.002)
+        time.sleep(0.001)
 
-thread = threading.Thread(target=watch)
-thread.start()
-code = convert.main(sys.argv[1:])
-done = True
-thread.join()
-print(before, peak)
-sys.exit(code)
+small, large, folder = map(Path, sys.argv[1:])
+run("hf-to-megatron", small, folder / "small_checkpoint")
+run("megatron-to-hf", folder / "small_checkpoint", folder / "small_back")
+for command, source, output in (("hf-to-megatron", large, "checkpoint"), ("megatron-to-hf", folder / "checkpoint", "back")):
+    peak, done = 0, False
+    before = anonymous()
+    thread = threading.Thread(target=watch)
+    thread.start()
+    run(command, source, folder / output)
+    done = True
+    thread.join()
+    print(command, peak - before)
 """
