@@ -6,32 +6,22 @@ run, the next start goes on with the sample after the last one that is in the we
 
 import time
 from collections import Counter
-from dataclasses import dataclass
-from pathlib import Path
 
-import torch
-
-import megatron_keye
-from megatron_keye.checkpoint.manifest import RunRecord
 from megatron_keye.config.load import dump_config
 from megatron_keye.config.schema import RunConfig
-from megatron_keye.data.mixture import MixedDataset, open_samples
-from megatron_keye.data.tokenizer import KeyeTokenizer, load_tokenizer
-from megatron_keye.errors import SettingsError
-from megatron_keye.plan.cursor import Cursor, ResumeState
-from megatron_keye.plan.ledger import CHAIN_START, SourceCounts
+from megatron_keye.data.mixture import MixedDataset
+from megatron_keye.plan.cursor import Cursor
 from megatron_keye.plan.mixture import Mixture
-from megatron_keye.train import checkpointing
 from megatron_keye.train.build import build_model, build_optimizer
-from megatron_keye.train.calibration import COSTS, FLOPS, costs_version, open_calibration, require_same_device, require_same_everywhere
-from megatron_keye.train.consensus import failing_together, from_all_ranks, said_once
+from megatron_keye.train.calibration import costs_version, open_calibration, require_same_device, require_same_everywhere
+from megatron_keye.train.consensus import failing_together, said_once
 from megatron_keye.train.control import Control
 from megatron_keye.train.feed import Feed
-from megatron_keye.train.initial_weights import drawing, start_from
-from megatron_keye.train.ledger import LedgerWriter, left_out, rules_of
+from megatron_keye.train.history import History
+from megatron_keye.train.initial_weights import drawing
+from megatron_keye.train.inputs import open_inputs, start_loading
+from megatron_keye.train.ledger import left_out
 from megatron_keye.train.limits import BadSamples, FiniteSteps
-from megatron_keye.train.live_export import LiveExport
-from megatron_keye.train.loading import Loading
 from megatron_keye.train.placement import Planner
 from megatron_keye.train.recorder import Recorder, StepRecord
 from megatron_keye.train.run_dir import RunDir, write_atomically, writing
@@ -39,29 +29,6 @@ from megatron_keye.train.runtime import Runtime
 from megatron_keye.train.schedule import lr_factor
 from megatron_keye.train.step import TrainStep
 from megatron_keye.train.watchdog import Watchdog
-
-
-@dataclass(frozen=True)
-class Inputs:
-    """The data side of a run."""
-
-    tokenizer: KeyeTokenizer
-    train: MixedDataset
-    valid: MixedDataset | None
-
-
-def open_inputs(config: RunConfig) -> Inputs:
-    """Open tokenizer and indices. Raises SettingsError or DataError."""
-    data, variant = config.data, config.model.variant
-    tokenizer = load_tokenizer(data.tokenizer, variant)
-    if tokenizer.vocab_size > config.model.decoder.vocab_size:
-        raise SettingsError(
-            f"the tokenizer at {data.tokenizer} has {tokenizer.vocab_size} ids, and model.decoder.vocab_size is "
-            f"{config.model.decoder.vocab_size}; use the model's own tokenizer, or raise vocab_size for a fresh model"
-        )
-    train = open_samples(data.train, tokenizer, variant, data)
-    valid = None if data.valid is None else open_samples(data.valid, tokenizer, variant, data)
-    return Inputs(tokenizer, train, valid)
 
 
 class Training:
@@ -74,32 +41,24 @@ class Training:
         self.control = Control(run_dir, runtime.groups, runtime.device)
         with failing_together(runtime.groups.world, runtime.device):
             self.inputs = open_inputs(config)
-            self.calibration = open_calibration(config)
-            require_same_device(self.calibration, runtime.device.type)
-            self._loading = self._start_loading() if runtime.groups.is_leader else None
+            calibration = open_calibration(config)
+            require_same_device(calibration, runtime.device.type)
+            self._loading = start_loading(self.inputs, config) if runtime.groups.is_leader else None
         with said_once(runtime.groups.world, runtime.device):
-            require_same_everywhere(self.calibration, runtime.groups.world)
+            require_same_everywhere(calibration, runtime.groups.world)
             self.model = build_model(config, runtime.groups, runtime.device, draw=drawing(config.model))
         self.step = TrainStep(self.model, build_optimizer(self.model))
-        times = None if self.calibration is None else self.calibration.time_model
-        self.planner = Planner(config, runtime.groups.grid.dp, times)
-        self.mixture = self.inputs.train.mixture(config.data, config.train.seed)
-        self._loaded_notes: list[str] = []
-        self._loaded_from: Path | None = None
-        self._exports: LiveExport | None = None
+        self.planner = Planner(config, runtime.groups.grid.dp, None if calibration is None else calibration.time_model)
+        self.history = History(config, run_dir, runtime, self.inputs, costs_version(calibration))
 
     def run(self) -> None:
         """Train to the last step, or to a request to stop. Raises KeyeError subclasses that carry the exit code."""
-        with said_once(self.runtime.groups.world, self.runtime.device):
-            cursor, saved_chain = self._resume()
-        self.ledger, self._counts = self._open_ledger(cursor, saved_chain)
-        self.recorder = Recorder(self.run_dir, self.runtime, self.planner, self.ledger, cursor.step, self.config.train.steps)
-        if self.runtime.is_main and self.config.train.export_hf_every_steps:
-            self._exports = LiveExport(self.run_dir, self.config.train, self.recorder.say)
+        self._beat(0, "load")
+        cursor = self.history.resume(self.step)
+        self.recorder = Recorder(self.run_dir, self.runtime, self.planner, self.history.ledger, cursor.step, self.config.train.steps)
         try:
             self._announce(cursor)
-            if self._exports is not None:
-                self._exports.resume(cursor.step, self._loaded_from)
+            self.history.start_exports(cursor, self.recorder.say)
             cursor, stopped = self._steps(cursor)
             self._finish(cursor, stopped)
         finally:
@@ -115,8 +74,8 @@ class Training:
         settings = self.config.train
         first_step = cursor.step
         finite = FiniteSteps(settings)
-        bad = BadSamples(self.config.data.bad_sample_budget, self.inputs.train.source_sizes(), self._counts)
-        feed = self._feed(self.inputs.train, cursor, self.mixture)
+        bad = BadSamples(self.config.data.bad_sample_budget, self.inputs.train.source_sizes(), self.history.counts)
+        feed = self._feed(self.inputs.train, cursor, self.history.mixture)
         try:
             while True:
                 requests = self.control.poll()
@@ -155,11 +114,6 @@ class Training:
         self.recorder.record(record)
         return record
 
-    def _start_loading(self) -> Loading:
-        data, inputs = self.config.data, self.inputs
-        sets = [(data.train, inputs.train)] + ([] if inputs.valid is None else [(data.valid, inputs.valid)])
-        return Loading(self.config, sets, inputs.tokenizer.specials.endoftext)
-
     def _feed(self, dataset: MixedDataset, cursor: Cursor, mixture: Mixture) -> Feed:
         loader = None if self._loading is None else self._loading.loader(dataset)
         plan_at = self.planner.over(dataset.plan_data, mixture.order())
@@ -184,61 +138,14 @@ class Training:
             feed.close()
         self.recorder.validated(cursor.step, total / max(supervised, 1.0))
 
-    def _resume(self) -> tuple[Cursor, str]:
-        """Where to go on, and the ledger's chain there."""
-        self._beat(0, "load")
-        fingerprint = self.inputs.tokenizer.fingerprint
-        loaded = checkpointing.resume(self.run_dir.checkpoints, self.model, self.step.optimizer, fingerprint)
-        if loaded is None:
-            if self.config.model.init_from is not None:
-                self._loaded_notes = start_from(Path(self.config.model.init_from), self.model, self.step.optimizer)
-            return Cursor(), CHAIN_START
-        self._loaded_from = loaded.path
-        self._loaded_notes = [f"passed over a damaged checkpoint: {problem}" for problem in loaded.passed_over]
-        if loaded.fresh_moments:
-            self._loaded_notes.append(f"newly trained, with fresh optimizer state: {', '.join(loaded.fresh_moments)}")
-        if loaded.run.versions.get(COSTS, FLOPS) != costs_version(self.calibration):
-            self._loaded_notes.append("placement goes by other costs than before the checkpoint; the samples of each step stay the same")
-        state = ResumeState.from_json(loaded.run.resume_state).going_on(self.mixture)
-        self.mixture = state.mixture
-        return state.cursor, loaded.run.ledger
-
-    def _open_ledger(self, cursor: Cursor, saved_chain: str) -> tuple[LedgerWriter | None, SourceCounts]:
-        """The main rank's ledger, and what the run has taken so far, on all ranks."""
-        train, ledger = self.inputs.train, None
-        with failing_together(self.runtime.groups.world, self.runtime.device):
-            if self.runtime.is_main:
-                ledger = LedgerWriter(self.run_dir.ledger, train, rules_of(self.config, self.mixture), cursor, saved_chain)
-                if ledger.continues_elsewhere:
-                    self._loaded_notes.append(
-                        f"no ledger of the first {cursor.step} steps is here: a new one begins, and `keye ledger verify` needs the run "
-                        "directory of those steps too"
-                    )
-        (counts,) = from_all_ranks([] if ledger is None else [ledger.counts], self.runtime.groups.world)
-        return ledger, counts
-
     def _save(self, cursor: Cursor) -> None:
         self._heartbeat(cursor, "save")
-        state = ResumeState(cursor, self.mixture.since(cursor.progress.base))
-        versions = {"megatron_keye": megatron_keye.__version__, "torch": torch.__version__, COSTS: costs_version(self.calibration)}
-        with failing_together(self.runtime.groups.world, self.runtime.device):
-            if self.ledger is not None:
-                self.ledger.flush()
-        # The main rank's record is the one that is written.
-        chain = CHAIN_START if self.ledger is None else self.ledger.chain
-        record = RunRecord(cursor.step, state.to_json(), dump_config(self.config), chain, versions)
-        keep = self.config.train.keep_checkpoints
-        fingerprint = self.inputs.tokenizer.fingerprint
-        with said_once(self.runtime.groups.world, self.runtime.device):
-            saved = checkpointing.save(self.run_dir.checkpoints, self.model, self.step.optimizer, record, fingerprint, keep)
-        if self._exports is not None:
-            self._exports.saved(cursor.step, saved)
+        self.history.commit(cursor, self.step)
 
     def _finish(self, cursor: Cursor, stopped: bool) -> None:
         if not stopped:
             self._validate(cursor)
-        if self._exports is not None:
-            self._exports.wait()
+        self.history.finish()
         if stopped:
             return
         if self.runtime.is_main:
@@ -250,7 +157,7 @@ class Training:
             with writing(self.run_dir.config):
                 write_atomically(self.run_dir.config, dump_config(self.config))
         train = self.inputs.train
-        for note in self._loaded_notes:
+        for note in self.history.notes:
             self.recorder.say(note)
         for sample_id, reason in train.rejected[:10]:
             self.recorder.say(f"left out of the training set: {sample_id}: {reason}")

@@ -60,7 +60,8 @@ def rank_steps(config, tiny):
     for _ in range(NUM_STEPS):
         fed = feed.next_step()
         microbatches = [tuple(None if t is None else t.numpy() for t in (m.token_ids, m.labels, m.weights)) for m in fed.batch.microbatches]
-        steps.append((fed.plan.members, tuple(fed.plan.replicas), microbatches, [r.patches.numpy() for r in fed.batch.rounds], fed.batch.num_supervised))
+        patches = [r.patches.numpy() for r in fed.batch.rounds]
+        steps.append((fed.plan.members, tuple(fed.plan.replicas), microbatches, patches, fed.batch.num_supervised))
     feed.close()
     return place, steps
 

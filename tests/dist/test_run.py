@@ -176,9 +176,10 @@ def test_a_request_to_stop_before_the_first_step_saves_nothing(tiny, tmp_path):
         raise AssertionError("no step should begin")
 
     class Asked(HookedTraining):
-        def _resume(self):
-            (self.run_dir.path / "STOP").touch()
-            return super()._resume()
+        def _beat(self, step, phase):
+            super()._beat(step, phase)
+            if phase == "load":
+                (self.run_dir.path / "STOP").touch()
 
     on_ranks("dp2", tiny.config(), _run_as, Asked, tmp_path, hook)
     assert steps_saved(tmp_path) == []
@@ -399,8 +400,8 @@ def test_a_ledger_that_does_not_lead_to_the_checkpoint_is_refused_and_kept(tiny,
 
 def test_a_checkpoint_is_not_made_before_its_ledger_is_on_disk(tiny, tmp_path):
     def hook(training, phase, finished):
-        if phase == "save" and training.ledger is not None:
-            training.ledger.flush = full
+        if phase == "save" and training.history.ledger is not None:
+            training.history.ledger.flush = full
 
     def full():
         raise LedgerError("no space left")

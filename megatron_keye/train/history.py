@@ -1,0 +1,109 @@
+"""What of a run outlives its processes: checkpoints, each with the cursor after it, the ledger that leads there, and exports.
+
+A step belongs to the run for good once a checkpoint holds it. `History` resumes from the last one and commits the next.
+"""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+import megatron_keye
+from megatron_keye.checkpoint.load import Loaded
+from megatron_keye.checkpoint.manifest import RunRecord
+from megatron_keye.config.load import dump_config
+from megatron_keye.config.schema import RunConfig
+from megatron_keye.plan.cursor import Cursor, ResumeState
+from megatron_keye.plan.ledger import CHAIN_START, SourceCounts
+from megatron_keye.train import checkpointing
+from megatron_keye.train.calibration import COSTS, FLOPS
+from megatron_keye.train.consensus import failing_together, from_all_ranks, said_once
+from megatron_keye.train.initial_weights import start_from
+from megatron_keye.train.inputs import Inputs
+from megatron_keye.train.ledger import LedgerWriter, rules_of
+from megatron_keye.train.live_export import LiveExport
+from megatron_keye.train.run_dir import RunDir
+from megatron_keye.train.runtime import Runtime
+from megatron_keye.train.step import TrainStep
+
+
+class History:
+    """Of one run, on this rank. After `resume`, it has the `mixture` that the run goes on with, the main rank's `ledger` (None on other
+    ranks), the `counts` of what was taken from each source so far, and `notes` for people."""
+
+    def __init__(self, config: RunConfig, run_dir: RunDir, runtime: Runtime, inputs: Inputs, costs: str):
+        """`costs` is the version of the costs that placement goes by."""
+        self._config, self._run_dir, self._runtime, self._inputs, self._costs = config, run_dir, runtime, inputs, costs
+        self.mixture = inputs.train.mixture(config.data, config.train.seed)
+        self.ledger: LedgerWriter | None = None
+        self.counts = SourceCounts()
+        self.notes: list[str] = []
+        self._exports: LiveExport | None = None
+        self._loaded_from: Path | None = None
+
+    def resume(self, step: TrainStep) -> Cursor:
+        """Fill the model and optimizer of `step` from the newest good checkpoint, if there is one; where to go on. All ranks must call it.
+
+        Raises CheckpointError and LedgerError where the run cannot go on exactly from what is there.
+        """
+        with said_once(self._runtime.groups.world, self._runtime.device):
+            loaded = checkpointing.resume(self._run_dir.checkpoints, step.model, step.optimizer, self._inputs.tokenizer.fingerprint)
+            if loaded is not None:
+                cursor, chain = self._go_on(loaded), loaded.run.ledger
+            else:
+                cursor, chain = Cursor(), CHAIN_START
+                if self._config.model.init_from is not None:
+                    self.notes = start_from(Path(self._config.model.init_from), step.model, step.optimizer)
+        self._open_ledger(cursor, chain)
+        return cursor
+
+    def start_exports(self, cursor: Cursor, say: Callable[[str], None]) -> None:
+        """Export checkpoints from here on, where the settings ask for it; only the main rank does."""
+        if self._runtime.is_main and self._config.train.export_hf_every_steps:
+            self._exports = LiveExport(self._run_dir, self._config.train, say)
+            self._exports.resume(cursor.step, self._loaded_from)
+
+    def commit(self, cursor: Cursor, step: TrainStep) -> None:
+        """Save the weights together with the cursor after them. All ranks must call it. Raises CheckpointError."""
+        world, device = self._runtime.groups.world, self._runtime.device
+        with failing_together(world, device):
+            if self.ledger is not None:
+                self.ledger.flush()
+        state = ResumeState(cursor, self.mixture.since(cursor.progress.base))
+        versions = {"megatron_keye": megatron_keye.__version__, "torch": torch.__version__, COSTS: self._costs}
+        # The main rank's record is the one that is written.
+        chain = CHAIN_START if self.ledger is None else self.ledger.chain
+        record = RunRecord(cursor.step, state.to_json(), dump_config(self._config), chain, versions)
+        tokenizer, keep = self._inputs.tokenizer.fingerprint, self._config.train.keep_checkpoints
+        with said_once(world, device):
+            saved = checkpointing.save(self._run_dir.checkpoints, step.model, step.optimizer, record, tokenizer, keep)
+        if self._exports is not None:
+            self._exports.saved(cursor.step, saved)
+
+    def finish(self) -> None:
+        """Wait for what is still being exported."""
+        if self._exports is not None:
+            self._exports.wait()
+
+    def _go_on(self, loaded: Loaded) -> Cursor:
+        self._loaded_from = loaded.path
+        self.notes = [f"passed over a damaged checkpoint: {problem}" for problem in loaded.passed_over]
+        if loaded.fresh_moments:
+            self.notes.append(f"newly trained, with fresh optimizer state: {', '.join(loaded.fresh_moments)}")
+        if loaded.run.versions.get(COSTS, FLOPS) != self._costs:
+            self.notes.append("placement goes by other costs than before the checkpoint; the samples of each step stay the same")
+        state = ResumeState.from_json(loaded.run.resume_state).going_on(self.mixture)
+        self.mixture = state.mixture
+        return state.cursor
+
+    def _open_ledger(self, cursor: Cursor, saved_chain: str) -> None:
+        with failing_together(self._runtime.groups.world, self._runtime.device):
+            if self._runtime.is_main:
+                rules = rules_of(self._config, self.mixture)
+                self.ledger = LedgerWriter(self._run_dir.ledger, self._inputs.train, rules, cursor, saved_chain)
+                if self.ledger.continues_elsewhere:
+                    self.notes.append(
+                        f"no ledger of the first {cursor.step} steps is here: a new one begins, and `keye ledger verify` needs the run "
+                        "directory of those steps too"
+                    )
+        (self.counts,) = from_all_ranks([] if self.ledger is None else [self.ledger.counts], self._runtime.groups.world)
