@@ -29,6 +29,7 @@ setup(
         "opencv-python-headless",
         "pillow",
         "webdataset",
+        "xxhash",
         "tensorboard",
         "rich",
         "matplotlib",

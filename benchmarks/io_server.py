@@ -28,6 +28,7 @@ from megatron_keye.config.schema import ImageConfig, VideoConfig
 from megatron_keye.data.items import describe, media_rules, resolve
 from megatron_keye.data.record import Media
 from megatron_keye.data.shards import Span
+from megatron_keye.data.storage import LocalStore
 from megatron_keye.data.stored import StoredMedium
 from megatron_keye.io_server.attempts import Timeouts
 from megatron_keye.io_server.client import ClientSettings, MediaClient
@@ -72,7 +73,8 @@ def stored(path: Path) -> StoredMedium:
     rules = media_rules(ImageConfig(), VideoConfig(), VARIANT)
     blob = path.read_bytes()
     item = describe("video", blob, {}, rules)
-    return StoredMedium(path, Span(0, len(blob)), Media("video", "file", str(path)), item, resolve(item, rules), VARIANT, path.name)
+    span, media = Span(0, len(blob)), Media("video", "file", path.name)
+    return StoredMedium(LocalStore(path.parent), path.name, span, media, item, resolve(item, rules), VARIANT, path.name)
 
 
 def cpu_seconds(pids: list[int]) -> float:

@@ -5,13 +5,13 @@ import json
 import socket
 import threading
 import time
-import zlib
 from collections import defaultdict
 from contextlib import suppress
 from dataclasses import dataclass
 from urllib.parse import urlsplit
 
 import numpy as np
+import xxhash
 
 from megatron_keye.io_server import auth
 from megatron_keye.io_server.protocol import DECODE_PATH, RESULT_HEADER, STATUS, DecodeJob, ErrorCode
@@ -139,7 +139,7 @@ class Attempt:
             if not count:
                 raise AttemptFailed(f"{self.url}: the answer ended after {at} of {len(view)} bytes")
             at += count
-        if zlib.crc32(answer) != facts["crc32"]:
+        if xxhash.xxh3_64_hexdigest(answer) != facts["xxh3_64"]:
             raise AttemptFailed(f"{self.url}: the pixels do not match their checksum")
         return answer
 
@@ -148,7 +148,7 @@ class Attempt:
         try:
             facts = json.loads(response.headers.get(RESULT_HEADER, ""))
             found = (facts["decoder_id"], tuple(facts["segments"]), response.length)
-            facts["crc32"] + 0
+            str(facts["xxh3_64"])
         except (ValueError, KeyError, TypeError) as error:
             raise AttemptFailed(f"{self.url}: found no {RESULT_HEADER} header that can be read: this is no I/O server") from error
         if found[0] != self._job.decoder_id:

@@ -221,11 +221,11 @@ class Front:
         result = await self._result(job, request.body.decode())
         self._metrics.add("decoded_total", kind="image" if job.frames is None else "video")
         self._metrics.add("decode_seconds_total", time.perf_counter() - began_s)
-        facts = {"decoder_id": self._decoder_id, "crc32": result.crc32, "segments": job.segments}
+        facts = {"decoder_id": self._decoder_id, "xxh3_64": result.checksum, "segments": job.segments}
         return Answer(200, result.slab, ((RESULT_HEADER, json.dumps(facts)), ("content-type", "application/octet-stream")))
 
     async def _result(self, job: DecodeJob, text: str) -> Result:
-        def decode(slab: Slab) -> Awaitable[int]:
+        def decode(slab: Slab) -> Awaitable[str]:
             return self._pool.run(text, slab)
 
         return await self._results.get(job.key, job.result_bytes, decode, keep=job.sha256 is not None)

@@ -127,7 +127,7 @@ class WorkerPool:
             self._admit(worker)
         return workers[0].decoder_id
 
-    async def run(self, job: str, slab: Slab) -> int:
+    async def run(self, job: str, slab: Slab) -> str:
         """Decode one job into `slab`; returns the checksum of its bytes.
 
         A job whose worker dies is given to one other. Raises Refused; when cancelled, the worker stops at the next frame.
@@ -148,7 +148,7 @@ class WorkerPool:
                 raise Refused("worker_lost", "two workers in turn were killed from outside during this job") from error
             if "error" in reply:
                 raise Refused(reply["error"], reply["message"])
-            return reply["crc32"]
+            return reply["xxh3_64"]
         raise AssertionError("unreachable")
 
     async def close(self) -> None:

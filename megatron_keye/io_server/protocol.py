@@ -17,7 +17,7 @@ DECODE_PATH = "/v1/decode"
 HEALTH_PATH = "/healthz"
 METRICS_PATH = "/metrics"
 RESULT_HEADER = "x-keye-result"
-"""Header of an answer: JSON with `decoder_id`, `crc32` of the body, and `segments`, the patches of each attention segment."""
+"""Header of an answer: JSON with `decoder_id`, `xxh3_64` of the body in hex, and `segments`, the patches of each attention segment."""
 
 MAX_REQUEST_BYTES = 1 << 18
 MAX_FRAMES = 8192

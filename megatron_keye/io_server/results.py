@@ -15,7 +15,7 @@ class Result:
     """The patches of a job, and the checksum of their bytes."""
 
     slab: Slab
-    crc32: int
+    checksum: str
 
 
 @dataclass(slots=True)
@@ -33,7 +33,7 @@ class Results:
         self._flights: dict[bytes, _Flight] = {}
         self.hits = self.joined = 0
 
-    async def get(self, key: bytes, num_bytes: int, decode: Callable[[Slab], Awaitable[int]], *, keep: bool) -> Result:
+    async def get(self, key: bytes, num_bytes: int, decode: Callable[[Slab], Awaitable[str]], *, keep: bool) -> Result:
         """The result under `key`, made by `decode`, which returns its checksum, unless it is there or on its way.
 
         `keep` it only where the key says which bytes it was made from.
@@ -77,7 +77,7 @@ class Results:
             self._kept[key] = task.result()
 
 
-async def _make(slab: Slab, decode: Callable[[Slab], Awaitable[int]]) -> Result:
-    crc32 = await decode(slab)
+async def _make(slab: Slab, decode: Callable[[Slab], Awaitable[str]]) -> Result:
+    checksum = await decode(slab)
     slab.freeze()
-    return Result(slab, crc32)
+    return Result(slab, checksum)

@@ -11,13 +11,13 @@ import signal
 import socket
 import sys
 import traceback
-import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import xxhash
 
 from megatron_keye.data import messages
 from megatron_keye.data.limits import is_out_of_memory, limit_memory
@@ -66,14 +66,15 @@ def serve(sock: socket.socket, roots: Roots, limits: WorkerLimits, decode: Decod
 def _answer(sock: socket.socket, roots: Roots, message: dict[str, Any], fd: int, decode: Decode) -> dict[str, Any]:
     try:
         job = parse_job(message["job"].encode())
-        crc32, num_bytes = 0, 0
+        checksum, num_bytes = xxhash.xxh3_64(), 0
         with open(fd, "wb") as slab:
             slab.seek(0)  # the position is shared with whoever had the file before
             for patches in decode(job, _read(roots, job)):
                 if select.select([sock], [], [], 0)[0]:
                     raise Cancelled
                 slab.write(patches)
-                crc32, num_bytes = zlib.crc32(patches, crc32), num_bytes + patches.nbytes
+                checksum.update(patches)
+                num_bytes += patches.nbytes
         if num_bytes != job.result_bytes:
             raise DataError(f"found {num_bytes} bytes of pixels: expected {job.result_bytes}")
     except Cancelled:
@@ -85,7 +86,7 @@ def _answer(sock: socket.socket, roots: Roots, message: dict[str, Any], fd: int,
         if code == "internal":
             traceback.print_exc()
         return {"error": code, "message": f"{type(error).__name__}: {error}"[:MAX_MESSAGE]}
-    return {"crc32": crc32}
+    return {"xxh3_64": checksum.hexdigest()}
 
 
 def _read(roots: Roots, job: DecodeJob) -> bytes:

@@ -137,7 +137,7 @@ def test_a_server_with_another_decoder_is_not_used(start_server, write, monkeypa
     # Nor one that does not look at what it was asked.
     server.front._decoder_id = "mine"
     assert client_of(server.url).fetch(job) is not None
-    monkeypatch.setattr("megatron_keye.io_server.front.json.dumps", lambda facts: '{"decoder_id": "x", "segments": [4], "crc32": 0}')
+    monkeypatch.setattr("megatron_keye.io_server.front.json.dumps", lambda facts: '{"decoder_id": "x", "segments": [4], "xxh3_64": "0"}')
     liar = client_of(server.url)
     assert liar.fetch(job) is None
     assert "decoded with x, expected mine" in liar.counts.last_failure
@@ -167,7 +167,7 @@ def read_request(connection: socket.socket) -> bytes:
 @pytest.mark.parametrize(("answer", "problem"), ANSWERS.values(), ids=ANSWERS)
 def test_an_answer_that_cannot_be_believed_is_a_failure_of_the_server(write, answer, problem):
     job = job_for(write("picture"))
-    facts = json.dumps({"decoder_id": job.decoder_id, "segments": job.segments, "crc32": 0}).encode()
+    facts = json.dumps({"decoder_id": job.decoder_id, "segments": job.segments, "xxh3_64": "0"}).encode()
     with socket.create_server(("127.0.0.1", 0)) as sock, ThreadPoolExecutor(1) as threads:
 
         def serve_once():
@@ -185,7 +185,7 @@ def test_an_answer_that_cannot_be_believed_is_a_failure_of_the_server(write, ans
 
 def test_an_answer_that_stops_coming_is_given_up(write):
     job = job_for(write("picture"))
-    facts = json.dumps({"decoder_id": job.decoder_id, "segments": job.segments, "crc32": 0}).encode()
+    facts = json.dumps({"decoder_id": job.decoder_id, "segments": job.segments, "xxh3_64": "0"}).encode()
     with socket.create_server(("127.0.0.1", 0)) as sock, ThreadPoolExecutor(1) as threads:
 
         def serve_half():
@@ -208,7 +208,7 @@ def test_an_answer_that_stops_coming_is_given_up(write):
 
 def test_changed_pixels_are_noticed(pair, write, monkeypatch):
     job = job_for(write("picture"))
-    monkeypatch.setattr("megatron_keye.io_server.attempts.zlib.crc32", lambda data: 1)
+    monkeypatch.setattr("megatron_keye.io_server.attempts.xxhash.xxh3_64_hexdigest", lambda data: "1")
     client = client_of(pair[0].url)
     assert client.fetch(job) is None
     assert "checksum" in client.counts.last_failure
