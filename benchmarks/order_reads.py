@@ -1,0 +1,202 @@
+"""Reading shards over HTTP with latency: our two-level block order beside a full shuffle, without a local cache and with one.
+
+    python -m benchmarks.order_reads [--steps 12] [--latency-ms 20] [--json FILE] [--plot FILE]
+
+A server of this process answers byte ranges after a pause. Both orders take the same number of steps through the loader of a run, which
+asks for exactly the bytes of each record and medium. Counted are the server's requests and bytes. The cache has room for one
+window of blocks; the second epoch shows what it kept.
+
+"chunks" is not what the loader does: it is computed from the same reads, as if whole aligned chunks were fetched and as many kept as
+one window of blocks touches. It shows what the order is worth to storage that reads ahead.
+"""
+
+import argparse
+import json
+import re
+import tempfile
+import threading
+import time
+from collections import OrderedDict
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from benchmarks.shard_sets import VARIANT, config_for, make_set
+from megatron_keye.config.schema import RunConfig
+from megatron_keye.data.mixture import open_samples
+from megatron_keye.data.tokenizer import load_tokenizer
+from megatron_keye.plan.cursor import Cursor
+from megatron_keye.train.loading import Loading
+from megatron_keye.train.placement import Planner
+
+NUM_SAMPLES = 2000
+BLOCK_BYTES, BLOCKS_PER_WINDOW = 64 << 10, 8
+CHUNK_BYTES = 64 << 10
+ORDERS = {
+    "blocks": (f"data.order.block_bytes={BLOCK_BYTES}", f"data.order.blocks_per_window={BLOCKS_PER_WINDOW}"),
+    "full shuffle": (f"data.order.block_bytes={1 << 40}",),
+}
+
+
+@dataclass
+class Traffic:
+    """Ranges of shards that were asked for, in order."""
+
+    ranges: list[tuple[str, int, int]] = field(default_factory=list)
+
+    @property
+    def num_bytes(self) -> int:
+        return sum(end - begin for _, begin, end in self.ranges)
+
+
+@dataclass(frozen=True)
+class Reads:
+    """What one order cost. `chunk_requests` and `chunk_bytes` are the computed ones."""
+
+    samples_per_s: float
+    requests: int
+    num_bytes: int
+    chunk_requests: int
+    chunk_bytes: int
+
+
+@contextmanager
+def serving(folder: Path, latency_s: float) -> Iterator[tuple[str, Traffic]]:
+    """A server of the files of `folder` that pauses before each answer: its URL, and what it was asked for."""
+    traffic, lock = Traffic(), threading.Lock()
+
+    class Handler(BaseHTTPRequestHandler):
+        protocol_version = "HTTP/1.1"
+
+        def do_GET(self) -> None:
+            time.sleep(latency_s)
+            blob = (folder / self.path[1:]).read_bytes()
+            wanted = re.fullmatch(r"bytes=(\d+)-(\d+)", self.headers.get("Range", ""))
+            begin, end = (int(wanted[1]), min(int(wanted[2]) + 1, len(blob))) if wanted else (0, len(blob))
+            if wanted and self.path.endswith(".tar"):
+                with lock:
+                    traffic.ranges.append((self.path, begin, end))
+            self.send_response(206 if wanted else 200)
+            self.send_header("Content-Length", str(end - begin))
+            if wanted:
+                self.send_header("Content-Range", f"bytes {begin}-{end - 1}/{len(blob)}")
+            self.end_headers()
+            self.wfile.write(blob[begin:end])
+
+        def log_message(self, *arguments) -> None:
+            pass
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    thread = threading.Thread(target=server.serve_forever)
+    thread.start()
+    try:
+        yield f"http://127.0.0.1:{server.server_port}", traffic
+    finally:
+        server.shutdown()
+        thread.join()
+        server.server_close()
+
+
+def run(config: RunConfig, traffic: Traffic, steps: int) -> Reads:
+    """Take `steps` steps from the first, as a run's feed loads them."""
+    tokenizer = load_tokenizer(config.data.tokenizer, VARIANT)
+    dataset = open_samples(config.data.train, tokenizer, VARIANT, config.data)
+    plan_at = Planner(config, 1).over(dataset.plan_data, dataset.mixture(config.data, 0).order())
+    loading = Loading(config, [(config.data.train, dataset)], tokenizer.specials.endoftext)
+    loader, cursor = loading.loader(dataset), Cursor()
+    traffic.ranges.clear()
+    began_s = time.perf_counter()
+    for _ in range(steps):
+        plan, cursor = plan_at(cursor)
+        loader.load(plan.replicas[0])
+    took_s = time.perf_counter() - began_s
+    loader.close()
+    loading.close()
+    touched = BLOCKS_PER_WINDOW * (BLOCK_BYTES // CHUNK_BYTES + 1)  # blocks do not begin where chunks do
+    fetched = chunk_fetches(traffic, touched)
+    return Reads(cursor.position / took_s, len(traffic.ranges), traffic.num_bytes, fetched, fetched * CHUNK_BYTES)
+
+
+def chunk_fetches(traffic: Traffic, kept: int) -> int:
+    """Aligned chunks to fetch for these ranges, when the `kept` chunks used last are at hand."""
+    at_hand: OrderedDict[tuple[str, int], None] = OrderedDict()
+    fetched = 0
+    for shard, begin, end in traffic.ranges:
+        for chunk in range(begin // CHUNK_BYTES, (end - 1) // CHUNK_BYTES + 1):
+            fetched += (shard, chunk) not in at_hand
+            at_hand[shard, chunk] = None
+            at_hand.move_to_end((shard, chunk))
+            if len(at_hand) > kept:
+                at_hand.popitem(last=False)
+    return fetched
+
+
+def compare(folder: Path, steps: int, latency_s: float) -> dict[str, Reads]:
+    """By order and cache."""
+    results = {}
+    with serving(folder / "shards", latency_s) as (url, traffic), tempfile.TemporaryDirectory() as scratch:
+        for cache_bytes in (0, BLOCKS_PER_WINDOW * BLOCK_BYTES):
+            for name, order in ORDERS.items():
+                storage = (f"data.storage.cache={scratch}/{name} {cache_bytes}", f"data.storage.cache_bytes={cache_bytes}")
+                threads = ("data.loader.workers=0", "data.decode_threads=8")
+                config = config_for(folder, f"data.train={url}", *storage, *threads, *order)
+                results[f"{name}, {'a cache of one window' if cache_bytes else 'no cache'}"] = run(config, traffic, steps)
+    return results
+
+
+def report(results: dict[str, Reads], latency_s: float) -> Table:
+    table = Table(title=f"{latency_s * 1000:.0f} ms latency, 8 requests at a time")
+    for column in ("order", "samples/s", "requests", "KiB", "in chunks: requests", "in chunks: KiB"):
+        table.add_column(column, justify="left" if column == "order" else "right")
+    for name, reads in results.items():
+        figures = (reads.requests, reads.num_bytes >> 10, reads.chunk_requests, reads.chunk_bytes >> 10)
+        table.add_row(name, f"{reads.samples_per_s:.0f}", *(f"{figure:,}" for figure in figures))
+    return table
+
+
+def plot(results: dict[str, Reads], path: Path) -> None:
+    """Bars of bytes, as read and in chunks."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axis = plt.subplots(figsize=(8, 4))
+    for number, name in enumerate(("num_bytes", "chunk_bytes")):
+        heights = [getattr(reads, name) / 2**20 for reads in results.values()]
+        axis.bar([place + 0.4 * number for place in range(len(results))], heights, 0.4, label=name)
+    axis.set_xticks([place + 0.2 for place in range(len(results))], list(results), rotation=15)
+    axis.set_ylabel("MiB")
+    axis.legend()
+    figure.tight_layout()
+    figure.savefig(path, dpi=150)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--steps", type=int, default=12, help="of 32 samples, in each order (default %(default)s)")
+    parser.add_argument("--latency-ms", type=float, default=20.0)
+    parser.add_argument("--sets", type=Path, help="keep the made-up set in this folder, and take it from there")
+    parser.add_argument("--json", type=Path, help="also write all figures there")
+    parser.add_argument("--plot", type=Path, help="also draw them there")
+    args = parser.parse_args()
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = (args.sets or Path(scratch)) / "text"
+        if not folder.exists():
+            folder.mkdir(parents=True)
+            make_set(folder, "text", NUM_SAMPLES)
+        results = compare(folder, args.steps, args.latency_ms / 1000)
+    Console(width=130).print(report(results, args.latency_ms / 1000))
+    if args.json:
+        args.json.write_text(json.dumps({name: asdict(reads) for name, reads in results.items()}, indent=1))
+    if args.plot:
+        plot(results, args.plot)
+
+
+if __name__ == "__main__":
+    main()
