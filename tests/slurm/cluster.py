@@ -214,7 +214,7 @@ DefMemPerCPU=100
 SlurmdParameters=config_overrides
 SchedulerType=sched/backfill
 SchedulerParameters=bf_interval=1,sched_interval=2,sched_min_interval=0,batch_sched_delay=0,bf_min_age_reserve=0
-KillWait=10
+KillWait=30
 SlurmdTimeout=10
 InactiveLimit=0
 MinJobAge=600

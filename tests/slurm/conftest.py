@@ -19,7 +19,7 @@ from tests.tiny import losses
 
 ROOT = Path(__file__).resolve().parents[2]
 STEPS, SAVE_EVERY = 120, 20
-LIMIT_S = 120.0
+LIMIT_S = 240.0
 HANG_S = 5.0
 ROUNDING = 0.02
 """Of float32, after a hundred steps at a high learning rate."""

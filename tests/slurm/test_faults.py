@@ -13,7 +13,7 @@ from megatron_keye.train.run_dir import RunDir
 from megatron_keye.train.supervise.attempt import FIRST_PORT, NUM_PORTS
 from megatron_keye.train.supervise.decide import GIVEN_UP
 from tests.slurm.cluster import Cluster
-from tests.slurm.conftest import Drill, write_site
+from tests.slurm.conftest import ROOT, Drill, write_site
 from tests.tiny import losses
 
 pytestmark = pytest.mark.slurm
@@ -54,6 +54,13 @@ def test_preflight_leaves_out_a_bad_node(drill: Drill, undisturbed):
     drill.wait_for_end_of(waiting)
     assert drill.cluster.job(waiting, "JobState") == "COMPLETED"
     drill.assert_like(undisturbed)
+
+
+def test_preflight_by_hand(drill: Drill):
+    size = ("--nodes=2", "--gpus-per-node=1")
+    script = (ROOT / "launch/preflight.sh", drill.settings, *size, "--run-dir", drill.run_dir.path, "--preflight", "full")
+    said = drill.cluster.run("salloc", "--quiet", *size, *script, environment={"KEYE_SITE": str(drill.site)})
+    assert [line for line in said.splitlines() if line.startswith("gpu")] == ["gpu1: fit", "gpu2: fit"]
 
 
 @pytest.mark.slow

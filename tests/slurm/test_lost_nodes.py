@@ -61,7 +61,7 @@ def test_a_node_freezes(drill: Drill, undisturbed):
     assert time.monotonic() - frozen_s < NOTICED_WITHIN_S
     (ending,) = drill.endings()
     assert (ending.cause, ending.lost_nodes) == ("lost_node", ("gpu2",))
-    assert "all_reduce" in (drill.run_dir.path / "attempts/0001/stacks/rank0").read_text()
+    assert "distributed_c10d.py" in (drill.run_dir.path / "attempts/0001/stacks/rank0").read_text()
     drill.cluster.thaw("gpu2")
     drill.wait_until_done()
     drill.assert_little_lost()

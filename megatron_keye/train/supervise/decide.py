@@ -158,7 +158,7 @@ def decide(history: Sequence[Ending], allocated: Sequence[str], time_left_s: flo
     if nodes:
         reason = f"{ending.cause}: again in this job from step {ending.saved_step}, on {len(nodes)} node(s)"
         return Action("restart", reason, delay_s=delay_s, nodes=nodes)
-    return _in_another_job(f"{ending.cause}: {len(healthy)} of {len(allocated)} nodes are left, too few", exclude, delay_s)
+    return _in_another_job(f"{ending.cause}: {len(healthy)} node(s) are left, too few", exclude, delay_s)
 
 
 def choose_nodes(healthy: Sequence[str], node_counts: Sequence[int]) -> tuple[str, ...]:

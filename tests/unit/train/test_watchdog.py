@@ -39,6 +39,18 @@ def test_limits(tmp_path, clock, step_s, limit_s):
         dog.close()
 
 
+def test_loading_is_no_step(tmp_path, clock):
+    """A run that goes on counts its first step from where it was, so the number of steps jumps while it loads."""
+    dog = Watchdog(tmp_path / "stacks/rank0", CONFIG)
+    try:
+        dog.beat(0, "load")
+        clock[0] += 500.0
+        dog.beat(40, "step")
+        assert dog.limit_s() == 1800
+    finally:
+        dog.close()
+
+
 TWO_STEPS = """
 import sys, time
 from pathlib import Path

@@ -144,6 +144,11 @@ def test_with_little_time_left_the_job_is_requeued():
     assert decide([ended("crash")], NODES, 99.0, POLICY).kind == "requeue"
 
 
+def test_a_pause_must_fit_into_the_time_that_is_left():
+    assert decide([stuck()], NODES, 109.0, POLICY).kind == "requeue"
+    assert decide([stuck()], NODES, 111.0, POLICY).kind == "restart"
+
+
 def test_the_same_error_in_the_same_step_ends_the_run():
     same = [stuck(error=f"ValueError: x at 0x7f{n}, port {n}", last=12) for n in range(3)]
     action = decide(same, NODES, PLENTY_S, POLICY)

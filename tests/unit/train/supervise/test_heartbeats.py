@@ -55,6 +55,13 @@ def test_steps_between_two_looks_count_each():
     assert observer.look({"rank0": "5 0 step"}, 100.0 + HANG_S + MARGIN_S + 1) == ["rank0"]
 
 
+def test_loading_is_no_step():
+    observer = watch()
+    observer.look({"rank0": "0 0 load"}, 0.0)
+    observer.look({"rank0": "40 0 step"}, 500.0)
+    assert observer.look({"rank0": "40 0 step"}, 500.0 + 1600) == [], "its first step warms up"
+
+
 def test_only_the_observers_clock_counts():
     """The rank's own time is years off and does not even advance."""
     observer = watch()
