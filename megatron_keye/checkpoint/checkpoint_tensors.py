@@ -6,13 +6,13 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from megatron_keye.checkpoint.files import DTYPE_NAMES, DTYPES, FileRecord, TensorSpec, flush_folder, write_recorded, write_text
+from megatron_keye.checkpoint.files import DTYPE_NAMES, DTYPES, FileRecord, OnBytes, TensorSpec, flush_folder, write_recorded, write_text
 from megatron_keye.checkpoint.identity import stored_model
 from megatron_keye.checkpoint.load import CheckpointReader
 from megatron_keye.checkpoint.manifest import MANIFEST, WEIGHT, Identity, PartRecord, RunRecord, merge, read_manifest
 from megatron_keye.checkpoint.ranges import Rectangle, matrix_shape
 from megatron_keye.checkpoint.state import part_key
-from megatron_keye.checkpoint.tensors import OnBytes, TensorSource, divide, require_shapes, row_blocks
+from megatron_keye.checkpoint.tensors import TensorSource, divide, require_shapes, row_blocks
 from megatron_keye.model.tensors import canonical_shapes
 
 MAX_FILE_BYTES = 5_000_000_000

@@ -5,8 +5,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from megatron_keye.checkpoint.files import DTYPE_NAMES, TensorSpec
-from megatron_keye.checkpoint.tensors import OnBytes, TensorSource, row_ranges
+from megatron_keye.checkpoint.files import DTYPE_NAMES, OnBytes, TensorSpec
+from megatron_keye.checkpoint.tensors import TensorSource, row_ranges
 
 BLOCK_BYTES = 4 << 20
 """Differences are computed in float64, so a block becomes up to a few times as large."""

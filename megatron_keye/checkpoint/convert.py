@@ -15,7 +15,7 @@ import yaml
 
 import megatron_keye
 from megatron_keye.checkpoint.checkpoint_tensors import HF_FILES, CheckpointTensors, is_converted, write_checkpoint
-from megatron_keye.checkpoint.files import flush_folder
+from megatron_keye.checkpoint.files import OnBytes, flush_folder
 from megatron_keye.checkpoint.hf_config import CONFIG_FILE, make_hf_config, model_of_hf_config, read_hf_config, update_hf_config
 from megatron_keye.checkpoint.hf_files import HfFiles, carried_files, json_text, released_files, tokenizer_files
 from megatron_keye.checkpoint.hf_weights import HfTensors, write_hf_weights
@@ -23,7 +23,7 @@ from megatron_keye.checkpoint.identity import identity, stored_settings
 from megatron_keye.checkpoint.manifest import MANIFEST, RunRecord
 from megatron_keye.checkpoint.new_folder import new_folder
 from megatron_keye.checkpoint.store import find_damage, latest
-from megatron_keye.checkpoint.tensors import Cast, OnBytes, TensorSource, require_shapes, total_bytes
+from megatron_keye.checkpoint.tensors import Cast, TensorSource, require_shapes, total_bytes
 from megatron_keye.config.json_file import read_json_object
 from megatron_keye.config.schema import ModelConfig, RunConfig
 from megatron_keye.data.tokenizer import load_tokenizer

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from megatron_keye.checkpoint.convert import Conversion
-from megatron_keye.checkpoint.files import TensorSpec
+from megatron_keye.checkpoint.files import OnBytes, TensorSpec
 from megatron_keye.checkpoint.fresh_tokenizer import add_keye_tokens
 from megatron_keye.checkpoint.hf_config import (
     CARRIED,
@@ -29,7 +29,7 @@ from megatron_keye.checkpoint.hf_config import (
 )
 from megatron_keye.checkpoint.hf_files import HfFiles, released_files
 from megatron_keye.checkpoint.hf_weights import HfTensors, write_hf_weights
-from megatron_keye.checkpoint.tensors import Cast, Combined, MemoryTensors, OnBytes, Renamed, TensorSource, require_shapes, row_ranges
+from megatron_keye.checkpoint.tensors import Cast, Combined, MemoryTensors, Renamed, TensorSource, require_shapes, row_ranges
 from megatron_keye.config.json_file import read_json_object
 from megatron_keye.config.schema import ModelConfig, Variant
 from megatron_keye.contract.tokens import SpecialTokens

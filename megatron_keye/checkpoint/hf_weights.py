@@ -10,9 +10,9 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from megatron_keye.checkpoint.collective import together
-from megatron_keye.checkpoint.files import TensorFile, TensorSpec, write_stream, write_text
+from megatron_keye.checkpoint.files import OnBytes, TensorFile, TensorSpec, write_stream, write_text
 from megatron_keye.checkpoint.ranges import matrix_shape
-from megatron_keye.checkpoint.tensors import OnBytes, TensorSource, divide, require_shapes, row_blocks, total_bytes
+from megatron_keye.checkpoint.tensors import TensorSource, divide, require_shapes, row_blocks, total_bytes
 from megatron_keye.config.json_file import read_json_object
 from megatron_keye.errors import CheckpointError
 from megatron_keye.model.names import Piece

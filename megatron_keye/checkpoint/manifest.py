@@ -11,7 +11,7 @@ from megatron_keye.checkpoint.files import FileRecord
 from megatron_keye.errors import CheckpointError
 from megatron_keye.model.names import Piece
 
-FORMAT = 1
+FORMAT = 2
 MANIFEST = "manifest.json"
 WEIGHT = "weight"
 """Keys of tensors are `KIND/NAME`: the kind is this, or the optimizer's own name of a moment (`exp_avg`, `exp_avg_sq`)."""

@@ -18,7 +18,7 @@ from pathlib import Path
 from torch.distributed import ProcessGroup
 
 from megatron_keye.checkpoint.collective import exchange, gather, on_first_rank, rank_of, size_of, together
-from megatron_keye.checkpoint.files import DTYPE_NAMES, FileRecord, file_damage, flush_folder, write_tensors, write_text
+from megatron_keye.checkpoint.files import DTYPE_NAMES, FileRecord, OnBytes, file_damage, flush_folder, write_tensors, write_text
 from megatron_keye.checkpoint.manifest import MANIFEST, Identity, Manifest, PartRecord, RunRecord, merge, read_manifest
 from megatron_keye.checkpoint.state import SavedPart, TrainingState, part_key, saved_parts
 from megatron_keye.errors import CheckpointError
@@ -74,19 +74,22 @@ def latest_good(folder: Path, world: ProcessGroup | None = None) -> tuple[Path |
     return None, passed_over
 
 
-def find_damage(path: Path, world: ProcessGroup | None = None) -> list[str]:
-    """Everything that is wrong with the files of a checkpoint, the same on all ranks of `world`; empty for a good one."""
-    own = _own_damage(path, rank_of(world), size_of(world))
+def find_damage(path: Path, world: ProcessGroup | None = None, on_bytes: OnBytes = lambda num_bytes: None) -> list[str]:
+    """Everything that is wrong with the files of a checkpoint, the same on all ranks of `world`; empty for a good one.
+
+    Reads every byte, shared between the ranks. `on_bytes` is told the bytes that this rank has read.
+    """
+    own = _own_damage(path, rank_of(world), size_of(world), on_bytes)
     return list(dict.fromkeys(problem for problems in exchange(world, own) for problem in problems))
 
 
-def _own_damage(path: Path, rank: int, num_ranks: int) -> list[str]:
+def _own_damage(path: Path, rank: int, num_ranks: int, on_bytes: OnBytes) -> list[str]:
     """Damage of the manifest and of every `num_ranks`-th file."""
     try:
         files = read_manifest(path).files
     except CheckpointError as error:
         return [str(error)]
-    found = (file_damage(path, record) for record in files[rank::num_ranks])
+    found = (file_damage(path, record, on_bytes) for record in files[rank::num_ranks])
     return [problem for problem in found if problem is not None]
 
 

@@ -4,7 +4,7 @@ A source is a folder of Hugging Face weights (`hf_weights.HfTensors`), a checkpo
 (`checkpoint_tensors.CheckpointTensors`), or computed from other sources, like `Cast`. Writers take a source and hold one chunk.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Protocol
@@ -15,9 +15,6 @@ from torch import Tensor
 from megatron_keye.checkpoint.files import CHUNK_BYTES, DTYPE_NAMES, TensorSpec
 from megatron_keye.checkpoint.ranges import matrix_shape
 from megatron_keye.errors import CheckpointError
-
-OnBytes = Callable[[int], object]
-"""Told the number of bytes that have just been done."""
 
 
 class TensorSource(Protocol):
