@@ -36,13 +36,14 @@ def _encode_clip(
     codec: str = "libx264",
     rate: int = 30,
     rotation: int = 0,
+    pix_fmt: str = "yuv420p",
     pts: list[int] | None = None,
     **options: str,
 ) -> bytes:
     file = BytesIO()
     with av.open(file, "w", format=container) as output:
         stream = output.add_stream(codec, rate=rate, options=options)
-        stream.width, stream.height, stream.pix_fmt = WIDTH, HEIGHT, "yuv420p"
+        stream.width, stream.height, stream.pix_fmt = WIDTH, HEIGHT, pix_fmt
         if rotation:
             stream.set_display_rotation(rotation)
         for number in range(num_frames):
