@@ -42,6 +42,47 @@ def _assign(order, candidates, items, loads, capacity, slowness, levels, bins):
         load_size[chosen] += size[i]
 
 
+def _earliest(load, slowness, excluded, found):
+    """The bins that finish first, but for `excluded` (-1 for none), the first one first; returns how many there are of them."""
+    count = 0
+    for bin in range(len(slowness)):
+        finish = load[bin] * slowness[bin]
+        if bin == excluded or (count == len(found) and finish >= load[found[count - 1]] * slowness[found[count - 1]]):
+            continue
+        at = count if count < len(found) else count - 1
+        count = at + 1
+        while at > 0 and load[found[at - 1]] * slowness[found[at - 1]] > finish:
+            found[at] = found[at - 1]
+            at -= 1
+        found[at] = bin
+    return count
+
+
+def _candidates(num_kinds, loads, slowness, later, found, marked, candidates):
+    """Bins that finish one kind, or all kinds, before most others do, in the order of their numbers; returns how many there are."""
+    for bin in range(len(slowness)):
+        marked[bin] = 0
+        later[bin] = max(loads[0][bin], loads[1][bin])
+    for kind in range(num_kinds):
+        for at in range(_earliest(loads[kind], slowness, -1, found)):
+            marked[found[at]] = 1
+    for at in range(_earliest(later, slowness, -1, found)):
+        marked[found[at]] = 1
+    count = 0
+    for bin in range(len(slowness)):
+        if marked[bin]:
+            candidates[count] = bin
+            count += 1
+    return count
+
+
+def _assign_in_blocks(order, block, num_kinds, items, loads, capacity, slowness, levels, bins, later, found, marked, candidates):
+    """`_assign` to the candidates of the moment, chosen anew for every `block` items of `order`."""
+    for start in range(0, len(order), block):
+        count = _candidates(num_kinds, loads, slowness, later, found, marked, candidates)
+        _assign(order[start : start + block], candidates[:count], items, loads, capacity, slowness, levels, bins)
+
+
 def _link(bins, first, following):
     """Members of each bin as linked lists: `first[bin]`, then `following[item]`, until -1."""
     for bin in range(len(first)):
@@ -88,22 +129,6 @@ def _latest_of_others(top, one, two, load, slowness):
     return 0
 
 
-def _partners(critical, load, slowness, partners):
-    """The bins that finish first, but for `critical`; returns how many there are of them."""
-    count = 0
-    for bin in range(len(slowness)):
-        finish = load[bin] * slowness[bin]
-        if bin == critical or (count == len(partners) and finish >= load[partners[count - 1]] * slowness[partners[count - 1]]):
-            continue
-        at = count if count < len(partners) else count - 1
-        count = at + 1
-        while at > 0 and load[partners[at - 1]] * slowness[partners[at - 1]] > finish:
-            partners[at] = partners[at - 1]
-            at -= 1
-        partners[at] = bin
-    return count
-
-
 def _best_exchange(one, two, items, loads, capacity, slowness, first, following, rest_a, rest_b, swaps, found):
     """The best move of an item from bin `one` to `two` or, with `swaps`, exchange for one of its items. `found` = (item, other or -1, sum
     of the pair's later times, all bins' times) is improved; returns the pairs tried."""
@@ -139,7 +164,7 @@ def _relieve(critical, kind, swaps, items, loads, capacity, slowness, bins, firs
     """
     load_a, load_b = loads[0], loads[1]
     tried = 0
-    for p in range(_partners(critical, loads[kind], slowness, partners)):
+    for p in range(_earliest(loads[kind], slowness, critical, partners)):
         other = partners[p]
         rest_a = _latest_of_others(tops[0], critical, other, load_a, slowness)
         rest_b = _latest_of_others(tops[1], critical, other, load_b, slowness)
@@ -190,5 +215,6 @@ def _deal(order, costs, loads, places, bins):
 
 
 assign = Kernel(_assign)
+assign_in_blocks = Kernel(_assign_in_blocks, (_earliest, _candidates, _assign))
 deal = Kernel(_deal)
-refine = Kernel(_refine, (_link, _transfer, _highest, _latest_of_others, _partners, _best_exchange, _relieve))
+refine = Kernel(_refine, (_link, _transfer, _highest, _latest_of_others, _earliest, _best_exchange, _relieve))

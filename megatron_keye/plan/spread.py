@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from megatron_keye.plan.kernels import assign, refine
+from megatron_keye.plan.kernels import assign, assign_in_blocks, refine
 
 NO_LIMIT = 1 << 61
 SPEED_BASE = 1000
@@ -87,23 +87,14 @@ def _greedy(first: np.ndarray, second: np.ndarray, sizes: np.ndarray, capacity: 
     loads = tuple(np.zeros(num_bins, np.int64) for _ in range(3))
     few_bins = num_bins <= 3 * _CANDIDATES_PER_KIND
     head = len(order) if few_bins else max(1, _FULL_SCAN_STEPS // num_bins)
-    kinds = 1 + int(b.any())
-    starts = [0, *range(head, len(order), _BLOCK_ITEMS)]
-    for start, stop in zip(starts, [*starts[1:], len(order)], strict=True):
-        candidates = np.arange(num_bins) if start == 0 else _earliest([load * slowness for load in loads[:kinds]])
-        steps = 4 * len(order) * len(candidates)
-        assign(steps, order[start:stop], candidates, (a, b, sizes), loads, capacity, slowness, levels, bins)
-
-
-def _earliest(finish: Sequence[np.ndarray]) -> np.ndarray:
-    """Bins that finish one kind, or both, before most others do; in order of their numbers."""
-    num_bins = len(finish[0])
-    chosen = np.zeros(num_bins, bool)
-    for times in (*finish, np.maximum(*finish)) if len(finish) > 1 else finish:
-        # Numbers make the keys differ, so that the chosen set does not depend on how numpy selects it.
-        keys = times * num_bins + np.arange(num_bins)
-        chosen[np.argpartition(keys, _CANDIDATES_PER_KIND)[:_CANDIDATES_PER_KIND]] = True
-    return np.flatnonzero(chosen)
+    rules = ((a, b, sizes), loads, capacity, slowness, levels, bins)
+    assign(4 * num_bins * len(order), order[:head], np.arange(num_bins), *rules)
+    if head >= len(order):
+        return
+    later, marked, candidates = (np.zeros(num_bins, np.int64) for _ in range(3))
+    found = np.zeros(_CANDIDATES_PER_KIND, np.int64)
+    steps = 4 * 3 * _CANDIDATES_PER_KIND * len(order)
+    assign_in_blocks(steps, order[head:], _BLOCK_ITEMS, 1 + int(b.any()), *rules, later, found, marked, candidates)
 
 
 def _improve(first: np.ndarray, second: np.ndarray, sizes: np.ndarray, capacity: int, slowness: np.ndarray, bins: np.ndarray) -> None:
