@@ -11,6 +11,8 @@ tee=()
 ((SLURM_NODEID == 0)) && tee=(--tee 0:3)
 logs=$KEYE_ATTEMPT_DIR/ranks/$SLURMD_NODENAME
 mkdir -p "$logs"
+# srun drops what a task still had to say when the step is ended; why torchrun itself failed must not get lost so.
+exec 2> >(tee -a "$logs/launcher.log" >&2)
 
 exec "$KEYE_PYTHON" "$keye_root/launch/run_ranks.py" --report "$KEYE_ATTEMPT_DIR/nodes/$SLURMD_NODENAME.json" \
     --nnodes "$KEYE_NODES" --node-rank "$SLURM_NODEID" --nproc-per-node "$KEYE_PROCESSES_PER_NODE" \

@@ -70,7 +70,7 @@ def parse_gpu(line: str) -> dict:
 
 
 def gpus_that_compute_wrongly(num_listed: int) -> list[str]:
-    """A product of small whole numbers is exact in bf16 with float32 sums, so any difference is a fault."""
+    """A product of small whole numbers is exact in float32, TF32 too, so any difference is a fault."""
     import torch
 
     problems = []

@@ -82,7 +82,7 @@ NO_TORCH = ("torch.py", "raise ImportError('libcudart.so.13: cannot open shared 
 NO_MEGATRON = (
     "sitecustomize.py",
     "import os, sys\nif os.environ.get('RANK') == '1':\n    sys.modules['megatron'] = None\n",
-    "import of megatron halted",
+    "No module named 'megatron.core'",
 )
 
 

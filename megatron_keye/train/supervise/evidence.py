@@ -35,12 +35,9 @@ class Evidence:
     def __init__(self, run_dir: RunDir, number: int):
         self._run_dir = run_dir
         self.folder = run_dir.path / "attempts" / f"{number:04d}"
-        self.main_log = run_dir.path / "train.log"
-        self._main_log_began_bytes = 0
 
     def prepare(self, nodes: Iterable[str]) -> None:
         """Make the folder, and clear what the ranks of an earlier attempt left where this attempt's will write."""
-        self._main_log_began_bytes = self.main_log.stat().st_size if self.main_log.exists() else 0
         for name in ("nodes", "ranks"):
             (self.folder / name).mkdir(parents=True, exist_ok=True)
         (self.folder / "hosts").write_text("".join(f"{node}\n" for node in nodes), encoding="utf-8")
@@ -86,8 +83,9 @@ class Evidence:
         return tuple(sorted(failures, key=lambda failure: (failure.time_s, failure.rank)))
 
     def launcher_error(self) -> str:
-        """The last error in the main log of this attempt: all there is when torchrun itself did not live to report."""
-        return _error_in(tail(self.main_log, 200, self._main_log_began_bytes)) or ""
+        """The error of a torchrun that did not live to report, or empty."""
+        logs = sorted((self.folder / "ranks").glob("*/launcher.log"))
+        return next((error for log in logs if (error := _error_in(tail(log, 200)))), "")
 
     def _reports(self) -> dict[str, dict]:
         reports = {}
@@ -117,12 +115,12 @@ def saved_step(run_dir: RunDir) -> int:
     return max((int(found.group(1)) for name in names if (found := CHECKPOINT.fullmatch(name))), default=0)
 
 
-def tail(log: Path | None, num_lines: int, from_bytes: int = 0) -> list[str]:
-    """The last lines of a file that may be large or missing, none of them before `from_bytes`."""
+def tail(log: Path | None, num_lines: int) -> list[str]:
+    """The last lines of a file that may be large or missing."""
     if log is None or not log.exists():
         return []
     with log.open("rb") as file:
-        file.seek(max(from_bytes, log.stat().st_size - TAIL_BYTES))
+        file.seek(max(0, log.stat().st_size - TAIL_BYTES))
         return file.read().decode(errors="replace").splitlines()[-num_lines:]
 
 

@@ -163,7 +163,8 @@ def submit(job: Job, config: RunConfig, after: str | None = None) -> str | None:
         print(f"{run_dir.path} is complete; choose another --run-dir to train again")
         return None
     if queued := slurm.my_jobs().get(job.run_dir):
-        print(f"{run_dir.path} is already in job {queued.id}")
+        ending = ", which is ending: submit again when it is gone" if queued.text.startswith("completing") else ""
+        print(f"{run_dir.path} is already in job {queued.id}{ending}")
         return queued.id
     run_dir.create()
     job.save()

@@ -61,12 +61,11 @@ def test_the_line_that_names_the_error(tmp_path, text, error):
     assert error_of(7, tmp_path / "log") == error
 
 
-def test_a_launcher_that_dies_is_found_in_the_main_log(evidence):
-    evidence.main_log.write_text("ImportError: of an earlier attempt\n")
-    evidence.prepare(["n1"])
+def test_a_launcher_that_dies_has_a_log_of_its_own(evidence):
     assert evidence.launcher_error() == ""
-    with evidence.main_log.open("a") as file:
-        file.write("Traceback\nImportError: libx.so\nsrun: error: n1: task 0: Exited with exit code 1\n")
+    for node, text in (("n1", "ranks that did not end well: 1\n"), ("n2", "Traceback\nImportError: libx.so\n")):
+        (evidence.folder / "ranks" / node).mkdir()
+        (evidence.folder / "ranks" / node / "launcher.log").write_text(text)
     assert evidence.launcher_error() == "ImportError: libx.so"
 
 
