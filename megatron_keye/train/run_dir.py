@@ -76,7 +76,8 @@ class RunDir:
 
     def note_step(self, step: int, sample_ids: list[str]) -> None:
         """Say what is about to be trained: the ledger's line comes only when the step is over, which a step that ends the run never is."""
-        write_atomically(self.step, json.dumps({"step": step, "samples": sample_ids}) + "\n")
+        with writing(self.step):
+            write_atomically(self.step, json.dumps({"step": step, "samples": sample_ids}) + "\n")
 
     def is_asked(self, name: str) -> bool:
         """Whether somebody put the file `name` (STOP or SAVE) there."""

@@ -100,13 +100,13 @@ def _made(folder: str | Path) -> Path:
 def _print(console: Console, report: Report, scene: Scene) -> None:
     counts = report.per_phase()
     kinds = [kind for kind in (*FATAL, *HARMLESS) if any(kind == found for _, found in counts)]
-    table = Table("at", *[kind.replace("_", " ") for kind in kinds], "all", title="Acts of violence, by what the victim was at")
+    table = Table("at", *[kind.replace("_", "\n") for kind in kinds], "all", title="Acts of violence, by what the victim was at")
     for phase in PHASES:
         row = [counts[phase, kind] for kind in kinds]
         table.add_row(phase.replace("_", " "), *[str(count or "") for count in row], str(sum(row) or ""))
     table.add_row("all", *[str(sum(counts[phase, kind] for phase in PHASES)) for kind in kinds], str(counts.total()), style="bold")
     console.print(table)
-    restarts = ", ".join(f"{count} at {where}" for where, count in report.restarts_at(scene).items())
+    restarts = ", ".join(f"{count} {where}" for where, count in report.restarts_at(scene).items())
     console.print(
         f"{len(report.kills)} kills, {report.num_restarts} restarts ({restarts}; {report.most_in_a_row} in a row at most) of "
         f"{len(report.restarts)} runs.\nEvery step has the samples of the undisturbed run; largest difference of a loss "

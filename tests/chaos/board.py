@@ -9,13 +9,15 @@ from tests.chaos.schedule import PHASES, Phase
 
 _RANK = np.dtype([
     ("pid", np.int64), ("is_leader", np.int64), ("first_step", np.int64), ("step", np.int64), ("phase", np.int64),
-    ("samples_read", np.int64), ("entered_s", np.float64), ("spent_s", np.float64, len(PHASES)), ("last_s", np.float64, len(PHASES)),
+    ("held_in", np.int64), ("held_after", np.int64), ("samples_read", np.int64),
+    ("entered_s", np.float64), ("spent_s", np.float64, len(PHASES)), ("last_s", np.float64, len(PHASES)),
 ])  # fmt: skip
 MAX_RANKS = 8
+HELD_POLL_S = 0.0005
 
 
 class Place:
-    """One rank's part of the board, which that rank alone writes."""
+    """One rank's part of the board, written by that rank alone but for `hold` and `release`."""
 
     def __init__(self, row: np.ndarray):
         self._row = row
@@ -25,11 +27,13 @@ class Place:
         self._row["pid"] = pid
 
     def enter(self, phase: Phase) -> None:
-        """The phase before it ends here. Times are of a clock that all processes share."""
+        """The phase before it ends here. Returns when nobody holds the rank in this one."""
         now_s, before, number = time.monotonic(), self._row["phase"], PHASES.index(phase)
         self._row["last_s"][before] = now_s - self._row["entered_s"]
         self._row["spent_s"][before] += self._row["last_s"][before]
         self._row["entered_s"], self._row["phase"] = now_s, number
+        while self._row["held_in"] == number + 1 and self._row["step"] - self._row["first_step"] >= self._row["held_after"]:
+            time.sleep(HELD_POLL_S)
 
     def begin(self, step: int) -> None:
         """The first step of this life."""
@@ -71,6 +75,13 @@ class Board:
         """What the rank is at. Those that save wait while the main rank renames, which then is what all are at."""
         own, main = (PHASES[self._ranks["phase"][number]] for number in (rank, 0))
         return main if (own, main) == ("save", "rename") else own
+
+    def hold(self, rank: int, phase: Phase, after_steps: int) -> None:
+        """Have the rank wait where it enters the phase after so many steps of this life, or it might be over before anybody looks."""
+        self._ranks["held_after"][rank], self._ranks["held_in"][rank] = after_steps, PHASES.index(phase) + 1
+
+    def release(self, rank: int) -> None:
+        self._ranks["held_in"][rank] = 0
 
     def steps_here(self, rank: int) -> int:
         """Steps that the rank has finished in this life."""

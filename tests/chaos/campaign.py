@@ -46,9 +46,9 @@ class Report:
         """Restarts at moments that are easily got wrong."""
         steps = [step for run in self.restarts for step in run]
         return {
-            "step 0": steps.count(0),
-            "an epoch end": sum(step in scene.epoch_starts for step in steps),
-            "a window edge": sum(step > 0 and step % WINDOW_STEPS == 0 for step in steps),
+            "at step 0": steps.count(0),
+            "at an epoch end": sum(step in scene.epoch_starts for step in steps),
+            "at a window edge": sum(step > 0 and step % WINDOW_STEPS == 0 for step in steps),
             "inside a window": sum(step % WINDOW_STEPS > 0 for step in steps),
         }
 

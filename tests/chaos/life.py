@@ -161,11 +161,19 @@ class _Violence:
     def _await(self, moment: Moment, rank: int, began_s: float) -> bool:
         """False where the run ends before."""
         if moment.phase is not None:
-            if not self._wait(lambda: self._board.phase(rank) == moment.phase and self._board.steps_here(rank) >= moment.after_steps):
+            if not self._reaches(moment.phase, moment.after_steps, rank):
                 return False
             began_s = time.monotonic()
         deadline = began_s + self._pace.seconds(moment, self._life.span_steps)
         return self._wait(lambda: time.monotonic() >= deadline)
+
+    def _reaches(self, phase: Phase, after_steps: int, rank: int) -> bool:
+        """Wait until the rank is in the phase; False where the run ends before."""
+        held = 0 if phase == "rename" else rank
+        self._board.hold(held, phase, after_steps)
+        is_there = self._wait(lambda: self._board.phase(rank) == phase and self._board.steps_here(rank) >= after_steps)
+        self._board.release(held)
+        return is_there
 
     def _do(self, disturbance: Disturbance, rank: int) -> bool:
         """False where there is nobody to do it to."""

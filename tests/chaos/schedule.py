@@ -15,7 +15,8 @@ Phase = Literal[
 """What a rank is at: a start has the first two, a step those from `load` to `record`. `rename` is the commit of a checkpoint: from the
 writing of its manifest to the removal of older ones."""
 PHASES: tuple[Phase, ...] = get_args(Phase)
-AIMED: tuple[Phase, ...] = ("restore", "load", "encode", "decoder", "save", "rename")
+AIMED: dict[Phase, int] = {"restore": 1, "load": 1, "encode": 1, "decoder": 1, "optimizer": 1, "save": 2, "rename": 3}
+"""Phases in which moments are put on purpose, and how often each is drawn."""
 
 Kind = Literal["kill_rank", "kill_leader", "kill_all", "kill_worker", "pause_rank", "pause_worker", "fill_disk"]
 HARMLESS: tuple[Kind, ...] = ("kill_worker", "pause_rank", "pause_worker")
@@ -79,7 +80,7 @@ def _draw_life(rng: random.Random, layouts: Sequence[str]) -> Life:
 
 def _draw(rng: random.Random, kind: Kind) -> Disturbance:
     """Half of the moments are uniform over the life, the others within a phase, or short ones would hardly ever be met."""
-    phase = rng.choice((None, rng.choice(AIMED)))
+    phase = rng.choice((None, *rng.choices(list(AIMED), weights=list(AIMED.values()))))
     moment = Moment(rng.random(), phase, rng.randint(0, 2) if phase else 0)
     pause_s = rng.uniform(0.1, 1.0) if kind.startswith("pause") else 0.0
     return Disturbance(kind, moment, rng.random(), pause_s, rng.choice(ROOM_BYTES) if kind == "fill_disk" else 0)

@@ -75,7 +75,7 @@ def test_state_that_is_taken_where_the_loader_has_come_to_is_found(mixed, board,
 
 def test_batches_that_are_filled_in_the_order_of_arrival_are_found(mixed, board, tmp_path):
     with pytest.raises(ChaosError, match=r"step \d+: the place of sample \w+ held other tokens or pixels"):
-        run_campaign(mixed, [killed_in("decoder", 3)], tmp_path, board, quiet, ArrivalOrderTraining)
+        run_campaign(mixed, [killed_in("decoder", 3, "one")], tmp_path, board, quiet, ArrivalOrderTraining)
 
 
 def test_processes_are_seen_until_they_have_ended():

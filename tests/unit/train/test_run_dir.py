@@ -85,6 +85,7 @@ WRITES = {
     "heartbeats/rank0": lambda run, lines: run.heartbeat(0, 1, "step"),
     "metrics.jsonl": lambda run, lines: lines.append({"step": 5}),
     "metrics.jsonl at a start": lambda run, lines: lines.keep_before(9),
+    "step.json": lambda run, lines: run.note_step(5, ["a"]),
     "DONE": lambda run, lines: run.mark_done(5),
 }
 
