@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from megatron_keye.plan import kernels
 from megatron_keye.plan.balance import imbalance
 from megatron_keye.plan.spread import common_scale, exact_sum, improve, lower_bound, slowness_of, spread, sum_by_bin
 
@@ -163,3 +164,16 @@ def test_nothing_beats_the_lower_bound(costs, speeds):
     )
     # Slowness is rounded down to whole numbers, and speeds worked back from it.
     assert lower_bound(int64(costs), slowness) <= best * 1.002 + 1
+
+
+@pytest.mark.parametrize("num_kinds", [1, 2])
+@pytest.mark.parametrize("seed", range(5))
+def test_candidates_are_the_bins_that_finish_first(num_kinds, seed):
+    rng = np.random.default_rng(seed)
+    loads = [rng.integers(0, 20, 50), rng.integers(0, 20, 50) * (num_kinds - 1)]  # few values, so that bins tie
+    slowness = rng.integers(900, 1100, 50)
+    later, marked, candidates, found = np.zeros(50, np.int64), np.zeros(50, np.int64), np.zeros(50, np.int64), np.zeros(7, np.int64)
+    count = kernels._candidates(num_kinds, loads, slowness, later, found, marked, candidates)
+    measures = [*loads[:num_kinds], np.maximum(*loads)]
+    firsts = [np.lexsort((np.arange(50), load * slowness))[:7] for load in measures]
+    assert candidates[:count].tolist() == sorted(set(np.concatenate(firsts).tolist()))
