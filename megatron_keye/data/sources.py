@@ -2,7 +2,7 @@
 
 import threading
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from typing import Protocol
 
 import numpy as np
@@ -20,12 +20,30 @@ class LoadedSample:
 
 
 @dataclass(frozen=True)
+class MediaCounts:
+    """Images and videos with their pixels from servers, or decoded here in place of that; requests that failed, and second ones to
+    another server because the first was slow. All 0 where no servers are used."""
+
+    remote: int = 0
+    local: int = 0
+    failed: int = 0
+    hedged: int = 0
+
+    def since(self, before: "MediaCounts") -> "MediaCounts":
+        return MediaCounts(*(now - then for now, then in zip(astuple(self), astuple(before), strict=True)))
+
+
+NO_MEDIA = MediaCounts()
+
+
+@dataclass(frozen=True)
 class LoadCounts:
     """What a source did since it was made. `bytes_read` are those of shards, as they are stored."""
 
     samples: int
     bytes_read: int
     worker_failures: int = 0
+    media: MediaCounts = NO_MEDIA
 
 
 class Samples(Protocol):

@@ -124,20 +124,20 @@ class MediaClient:
         self._threads = ThreadPoolExecutor(3 * settings.requests, thread_name_prefix="media")
         self._credits = ByteCredits(settings.in_flight_bytes)
         self._hedge = HedgeClock(settings.hedge_after_s)
-        self._closing = threading.Event()
+        self._closed: Future = Future()
         self.counts = Counts()
 
-    def fetch(self, job: DecodeJob) -> np.ndarray | None:
+    def fetch(self, job: DecodeJob, stop: Future | None = None) -> np.ndarray | None:
         """uint8 [result_bytes], or None where the caller must decode by itself: no server could, in time.
 
-        Raises Poisonous.
+        None also once `stop` is done, whose result does not matter, or the client closed. Raises Poisonous.
         """
         with self._credits.hold(job.result_bytes):
-            return _Fetch(self, job).run()
+            return _Fetch(self, job, {self._closed} if stop is None else {self._closed, stop}).run()
 
     def close(self) -> None:
-        """Ends what is under way within the time of one attempt."""
-        self._closing.set()
+        """Ends what is under way."""
+        self._closed.set_result(None)
         self._threads.shutdown(wait=False, cancel_futures=True)
         self._connections.close()
 
@@ -145,8 +145,9 @@ class MediaClient:
 class _Fetch:
     """One job, its attempts, and what became of them."""
 
-    def __init__(self, client: MediaClient, job: DecodeJob):
-        self._client, self._job = client, job
+    def __init__(self, client: MediaClient, job: DecodeJob, stops: set[Future]):
+        """It ends without an answer when one of `stops` is done."""
+        self._client, self._job, self._stops = client, job, stops
         self._began_s = time.monotonic()
         self._deadline_s = self._began_s + client.settings.deadline_s
         self._servers = deque(client._fleet.ranked(job.key))
@@ -158,7 +159,9 @@ class _Fetch:
     def run(self) -> np.ndarray | None:
         try:
             while not self._is_final and self._next_attempt():
-                done, _ = wait(self._running, self._patience_s(), return_when=FIRST_COMPLETED)
+                done, _ = wait(self._stops.union(self._running), self._patience_s(), return_when=FIRST_COMPLETED)
+                if done & self._stops:
+                    return None
                 if not done:
                     self._grow_impatient()
                 for future in done:
@@ -174,17 +177,20 @@ class _Fetch:
         """See to it that an attempt is running; False where nothing more can be tried."""
         if self._running:
             return True
-        if not self._servers or self._failed >= MAX_ATTEMPTS:
+        if self._is_stopped(0) or not self._servers or self._failed >= MAX_ATTEMPTS:
             return False
         now_s = time.monotonic()
         server = min(self._servers, key=lambda s: max(s.breaker.busy_until_s, now_s))
         pause_s = server.breaker.busy_until_s - time.monotonic()
-        if pause_s > 0 and (time.monotonic() + pause_s >= self._deadline_s or self._client._closing.wait(pause_s)):
+        if pause_s > 0 and (time.monotonic() + pause_s >= self._deadline_s or self._is_stopped(pause_s)):
             return False
         if self._failed:
             self._client.counts.add("retried")
         self._start(server, is_hedge=False)
         return True
+
+    def _is_stopped(self, within_s: float) -> bool:
+        return bool(wait(self._stops, within_s, return_when=FIRST_COMPLETED).done)
 
     def _start(self, server: Server, *, is_hedge: bool) -> None:
         self._servers.remove(server)

@@ -3,6 +3,7 @@
 import os
 import re
 import threading
+from concurrent.futures import Future
 from pathlib import Path
 
 import numpy as np
@@ -10,9 +11,9 @@ import numpy as np
 from megatron_keye.config.schema import DataConfig, MediaConfig
 from megatron_keye.contract.media import PATCH_VALUES, SampleShape
 from megatron_keye.data.dataset import Dataset
-from megatron_keye.data.sources import LoadCounts, LoadedSample, Source
+from megatron_keye.data.sources import LoadCounts, LoadedSample, MediaCounts, Source
 from megatron_keye.data.stored import StoredMedium
-from megatron_keye.errors import DataError, SettingsError
+from megatron_keye.errors import DataError, KeyeError, SettingsError
 from megatron_keye.io_server.attempts import Timeouts
 from megatron_keye.io_server.auth import load_secret
 from megatron_keye.io_server.client import ClientSettings, MediaClient, Poisonous
@@ -49,7 +50,8 @@ class RemoteSource:
         self.sample_id = dataset.sample_id
         self.threads = media.threads
         self._lock = threading.Lock()
-        self._num_samples = 0
+        self._num_samples = self._remote = self._decoded_here = 0
+        self._stop: Future = Future()
 
     def read(self, sample: int, shape: SampleShape) -> LoadedSample:
         """As `local.read`, DataError included: a server's word that a medium is damaged is confirmed here."""
@@ -58,25 +60,36 @@ class RemoteSource:
         for medium in media:
             segments = self._fetch(medium)
             if segments is None:
-                self._media.client.counts.add("local", len(media))
-                return self._local.read(sample, shape)
+                return self._read_here(sample, shape, len(media))
             patches += segments
         with self._lock:
             self._num_samples += 1
+            self._remote += len(media)
         return LoadedSample(self._dataset.tokens(sample), patches)
 
     def counts(self) -> LoadCounts:
-        """Of both ways; bytes that servers read are theirs."""
-        here = self._local.counts()
-        return LoadCounts(self._num_samples + here.samples, here.bytes_read, here.worker_failures)
+        """Of both ways; bytes that servers read are theirs. Failed and hedged requests are those of all sources together."""
+        here, requests = self._local.counts(), self._media.client.counts.values
+        media = MediaCounts(self._remote, self._decoded_here, requests["failed"], requests["hedged"])
+        return LoadCounts(self._num_samples + here.samples, here.bytes_read, here.worker_failures, media)
 
     def close(self) -> None:
+        """Also ends what servers are asked for."""
+        self._stop.set_result(None)
         self._local.close()
+
+    def _read_here(self, sample: int, shape: SampleShape, num_media: int) -> LoadedSample:
+        if self._stop.done():
+            raise KeyeError("the loader was closed while it read a sample")
+        self._media.client.counts.add("local", num_media)
+        with self._lock:
+            self._decoded_here += num_media
+        return self._local.read(sample, shape)
 
     def _fetch(self, medium: StoredMedium) -> list[np.ndarray] | None:
         job = job_of(medium, self._media.decoder_id)
         try:
-            answer = self._media.client.fetch(job)
+            answer = self._media.client.fetch(job, self._stop)
         except Poisonous as error:
             raise DataError(f"{medium.where}: {error}; it is not decoded here either: drop it, or repair it and index again") from error
         return None if answer is None else np.split(answer.reshape(-1, PATCH_VALUES), np.cumsum(job.segments)[:-1])

@@ -1,6 +1,8 @@
 """Pixels from a real server against pixels decoded here: the same bytes, or the same error, whatever happens in between."""
 
 import random
+import socket
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -10,9 +12,9 @@ from megatron_keye.config.schema import DataConfig, MediaConfig
 from megatron_keye.data.dataset import Dataset
 from megatron_keye.data.items import iter_patches
 from megatron_keye.data.media.video import DECODER_ID
-from megatron_keye.data.sources import ThreadSource
+from megatron_keye.data.sources import MediaCounts, ThreadSource
 from megatron_keye.data.stored import StoredMedium
-from megatron_keye.errors import DataError, SettingsError
+from megatron_keye.errors import DataError, KeyeError, SettingsError
 from megatron_keye.io_server.remote import RemoteSource, connect, job_of
 from tests.unit.io_server.serving import error_of, post
 
@@ -50,6 +52,8 @@ def test_remote_pixels_are_the_local_ones(indexed, tokenizer, real, variant):
     assert kinds == {"image", "video"}
     assert media.client.counts.values.keys() == {"remote"}
     assert remote.counts().samples == len(dataset)
+    num_media = sum(len(dataset.stored_media(sample)) for sample in range(len(dataset)))
+    assert remote.counts().media == MediaCounts(remote=num_media)
     assert "remote" in media.summary()
 
 
@@ -73,7 +77,27 @@ def test_all_servers_gone_means_local_pixels(indexed, tokenizer):
     there = remote.read(sample, dataset.shape(sample)).patches
     assert all(np.array_equal(a, b) for a, b in zip(dataset.pixels(sample), there, strict=True))
     assert media.client.counts.values["local"] == len(dataset.layouts(sample))
+    assert remote.counts().media == MediaCounts(local=len(dataset.layouts(sample)), failed=1)
     assert "Connection refused" in media.summary()
+
+
+def test_a_closed_source_waits_for_no_server_and_decodes_nothing(indexed, tokenizer):
+    with socket.create_server(("127.0.0.1", 0)) as hung:
+        url = f"http://127.0.0.1:{hung.getsockname()[1]}"
+        dataset, media = open_set(indexed[VARIANTS[0]], tokenizer, VARIANTS[0], servers=(url,), deadline_s=60.0, hedge_after_s=60.0)
+        sample = next(s for s in range(len(dataset)) if dataset.layouts(s))
+        remote, other = remote_source(dataset, media), remote_source(dataset, media)
+        with ThreadPoolExecutor(2) as threads:
+            reading = [threads.submit(source.read, sample, dataset.shape(sample)) for source in (remote, other)]
+            hung.accept()
+            hung.accept()
+            remote.close()
+            with pytest.raises(KeyeError, match="was closed"):
+                reading[0].result(5)
+            assert not reading[1].done()
+            other.close()
+            with pytest.raises(KeyeError, match="was closed"):
+                reading[1].result(5)
 
 
 def damaged_copy(folder, tmp_path):
