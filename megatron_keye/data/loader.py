@@ -13,7 +13,7 @@ import numpy as np
 
 from megatron_keye.contract.media import PATCH_VALUES, SampleShape
 from megatron_keye.contract.rows import RowTokens
-from megatron_keye.data.sources import LoadCounts, LoadedSample, Source
+from megatron_keye.data.sources import NO_MEDIA, LoadCounts, LoadedSample, MediaCounts, Source
 from megatron_keye.errors import DataError
 from megatron_keye.plan.types import EncodeTask, ReplicaPlan, Row
 
@@ -31,12 +31,13 @@ class SkippedSample:
 class ReplicaData:
     """`rows[microbatch]`, and `patches[(encoder, round)]`: uint8 [num_patches, 588] of each of that round's segments.
 
-    `bytes_read` are those of shards that it took."""
+    `bytes_read` are those of shards that it took, `media` where the pixels came from."""
 
     rows: list[RowTokens]
     patches: dict[tuple[int, int], list[np.ndarray]]
     skipped: list[SkippedSample]
     bytes_read: int
+    media: MediaCounts = NO_MEDIA
 
     @property
     def num_bytes(self) -> int:
@@ -61,7 +62,7 @@ class ReplicaLoader:
 
     def load(self, plan: ReplicaPlan) -> ReplicaData:
         """Everything the replica needs for one step. Raises DataError for a sample that cannot be read, unless it is skipped."""
-        before_bytes = self.counts.bytes_read
+        before = self.counts
         shapes = {document.sample: document.shape for row in plan.rows for document in row.documents}
         results = self._pool.map(self._read, shapes.keys(), shapes.values())
         loaded = dict(zip(shapes, results, strict=True))
@@ -70,7 +71,8 @@ class ReplicaLoader:
         for task in plan.tasks:
             patches.setdefault((task.encoder, task.round), []).append(self._patches_of(task, plan, loaded))
         skipped = [result for result in loaded.values() if isinstance(result, SkippedSample)]
-        return ReplicaData(rows, patches, skipped, self.counts.bytes_read - before_bytes)
+        now = self.counts
+        return ReplicaData(rows, patches, skipped, now.bytes_read - before.bytes_read, now.media.since(before.media))
 
     def close(self) -> None:
         """End what is being read, and the threads. The source may not be used again."""

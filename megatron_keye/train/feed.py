@@ -27,6 +27,7 @@ from megatron_keye.data.loader import (
     replica_pixel_bytes,
     stack_patches,
 )
+from megatron_keye.data.sources import NO_MEDIA, MediaCounts
 from megatron_keye.errors import SettingsError
 from megatron_keye.model.decoder_config import PRECISION
 from megatron_keye.parallel.groups import Groups
@@ -44,7 +45,7 @@ class FedStep:
     skip, and how long it took to get.
 
     `bytes_read` are those of shards that this rank read for the step, `loader_bytes` what it held decoded when it took the step, steps
-    read ahead included; 0 except on leaders.
+    read ahead included, `media` where its pixels came from; 0 except on leaders.
     """
 
     plan: StepPlan
@@ -55,6 +56,7 @@ class FedStep:
     wait_s: float
     bytes_read: int
     loader_bytes: int
+    media: MediaCounts = NO_MEDIA
 
 
 @dataclass
@@ -96,9 +98,10 @@ class Feed:
         num_supervised, num_skipped = agree(table, counts, failure, self._groups.world, self._device)
         skipped = from_all_ranks(own_skipped, self._groups.world) if num_skipped else []
         batch = self._deliver(prepared, num_supervised)
-        bytes_read = 0 if prepared.data is None else prepared.data.bytes_read
+        data = prepared.data
+        bytes_read, media = (0, NO_MEDIA) if data is None else (data.bytes_read, data.media)
         wait_s = time.perf_counter() - began_s
-        return FedStep(prepared.plan, prepared.share, prepared.after, batch, skipped, wait_s, bytes_read, loader_bytes)
+        return FedStep(prepared.plan, prepared.share, prepared.after, batch, skipped, wait_s, bytes_read, loader_bytes, media)
 
     def close(self) -> None:
         """End the background thread, and with it what it was decoding, within the time that one sample takes."""

@@ -4,7 +4,7 @@ import math
 import resource
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from statistics import fmean
 
 import torch
@@ -31,7 +31,9 @@ LOADS = ("decoder_load", "vision_load")
 nothing, ever."""
 PREDICTED = ("vision_predicted_s", "decoder_predicted_s")
 """By measured times: what this rank encodes, and the decoder of its replica; 0 without such times."""
-COUNTS = ("tokens", "visual_tokens", "padding_tokens", "bytes_read", "loader_bytes")
+MEDIA = ("media_remote", "media_local", "media_failed", "media_hedged")
+"""As `MediaCounts`, of the step."""
+COUNTS = ("tokens", "visual_tokens", "padding_tokens", "bytes_read", "loader_bytes", *MEDIA)
 """Of the replica, as its leader counts them; 0 on its other ranks."""
 LOG_EVERY_S = 15.0
 
@@ -152,7 +154,7 @@ class Recorder:
         tokens = sum(shape.num_tokens for shape in shapes)
         padding = sum(row.num_tokens for row in share.rows) - tokens
         visual = sum(shape.num_visual_tokens for shape in shapes)
-        return dict(zip(COUNTS, (tokens, visual, padding, fed.bytes_read, fed.loader_bytes), strict=True))
+        return dict(zip(COUNTS, (tokens, visual, padding, fed.bytes_read, fed.loader_bytes, *astuple(fed.media)), strict=True))
 
     def _show(self, fields: dict) -> None:
         done = fields["step"] + 1

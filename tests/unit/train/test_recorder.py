@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from megatron_keye.contract.media import PatchGrid, SampleShape, Segment
+from megatron_keye.data.sources import MediaCounts
 from megatron_keye.plan.cursor import Cursor
 from megatron_keye.plan.ledger import Skipped
 from megatron_keye.plan.step import PlanData
@@ -63,7 +64,8 @@ def make(tmp_path, monkeypatch):
 def record_of(config, step=4, skipped=(), grad_norm=2.0, updated=True):
     plan, _ = Planner(config, 1).over(PlanData.of(SHAPES))(Cursor(step, 3 * step))
     after = Cursor(step + 1, 15, bytes(range(32)))
-    fed = FedStep(plan, plan.replicas[0], after, SimpleNamespace(num_supervised=33), [], 0.5, bytes_read=10**6, loader_bytes=step * 10**5)
+    media = MediaCounts(remote=5, failed=step)
+    fed = FedStep(plan, plan.replicas[0], after, SimpleNamespace(num_supervised=33), [], 0.5, 10**6, step * 10**5, media)
     result = StepResult(1.25, grad_norm, updated, {"encode": 1.0, "decoder": 3.0, "encode_backward": 2.0})
     return StepRecord(fed, list(skipped), result, lr=0.001, step_time_s=4.0, dataset_samples=60)
 
@@ -91,6 +93,7 @@ def test_a_step_is_counted(tiny, make):
     assert fields["vision_imbalance_measured"] == pytest.approx(5 / 4, abs=1e-4)
     assert (fields["decoder_imbalance_predicted"], fields["vision_imbalance_predicted"]) == (1.5, 1.0)
     assert fields["memory_bytes"] > 1 << 20
+    assert [fields[f"media_{name}"] for name in ("remote", "local", "failed", "hedged")] == [5, 0, 4, 0]
 
 
 def test_what_loading_took_is_shown_beside_what_it_would_take_on_every_rank(tiny, make, capsys):
