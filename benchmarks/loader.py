@@ -1,6 +1,6 @@
 """Samples and tokens per second of our loader beside webdataset with torch's DataLoader, and beside Megatron-Energon.
 
-    python -m benchmarks.loader [--seconds 6] [--repeats 3] [--json FILE] [--plot FILE]
+    python -m benchmarks.loader [--kinds text image video mixed] [--repeats 3] [--json FILE] [--plot FILE]
 
 All read the same shards with two worker processes and one that consumes, and do the same to every sample (`loader_work.py`): tokenize,
 decode, resize, and cut into uint8 patches. Ours also shuffles the whole set, plans every step, and packs rows; the others read
@@ -39,7 +39,11 @@ from megatron_keye.train.placement import Planner
 
 WORKERS = 2
 NUM_SAMPLES = {"text": 2000, "image": 400, "video": 60, "mixed": 400}
-WARM_UP_BATCHES = 2
+MEASURED_SAMPLES = {"text": 4096, "image": 128, "video": 96, "mixed": 128}
+"""In one turn: many times what is under way in a pipeline's workers, which is counted for neither side."""
+WARM_UP_SAMPLES = 32
+MICROBATCH = 8
+"""Samples that the others hand over at a time; ours takes whole steps."""
 OURS = "ours"
 
 
@@ -86,7 +90,7 @@ def webdataset_loader(config: RunConfig, with_index: bool) -> Iterator[Counted]:
         webdataset.split_by_worker,
         webdataset.tarfile_to_samples(),
         webdataset.map(SampleWork(config.data, with_index)),
-        webdataset.batched(config.data.global_batch_samples, collation_fn=batched, partial=True),
+        webdataset.batched(MICROBATCH, collation_fn=batched, partial=True),
     )
     pipeline = webdataset.DataPipeline(*stages).repeat()
     loader = torch.utils.data.DataLoader(pipeline, batch_size=None, num_workers=WORKERS)
@@ -110,7 +114,7 @@ def energon_loader(config: RunConfig, with_index: bool) -> Iterator[Counted]:
     folder = prepare(Path(config.data.train))
     workers = WorkerConfig(rank=0, world_size=1, num_workers=WORKERS)
     dataset = get_train_dataset(
-        folder, worker_config=workers, batch_size=config.data.global_batch_samples, shuffle_buffer_size=None,
+        folder, worker_config=workers, batch_size=MICROBATCH, shuffle_buffer_size=None,
         max_samples_per_sequence=None, task_encoder=Encoder(),
     )  # fmt: skip
     for batch in get_loader(dataset):
@@ -127,29 +131,33 @@ def pipelines() -> dict[str, Callable[[RunConfig], Iterator[Counted]]]:
     return found
 
 
-def measure(pipeline: Callable[[RunConfig], Iterator[Counted]], config: RunConfig, seconds: float) -> Speed:
-    """What a fresh pipeline delivers in about `seconds`, after its start and first batches."""
+def measure(pipeline: Callable[[RunConfig], Iterator[Counted]], config: RunConfig, num_samples: int) -> Speed:
+    """What a fresh pipeline needs for `num_samples`, after its start and first samples."""
     with closing(pipeline(config)) as batches:
-        for _ in range(WARM_UP_BATCHES):
-            next(batches)
+        take(batches, WARM_UP_SAMPLES)
         pids = family(os.getpid())
         began_cpu_s, began_s = cpu_seconds(pids), time.perf_counter()
-        delivered = []
-        while time.perf_counter() - began_s < seconds:
-            delivered.append(next(batches))
-        wall_s, cpu_s = time.perf_counter() - began_s, cpu_seconds(pids) - began_cpu_s
-    sums = (sum(getattr(batch, name) for batch in delivered) for name in ("samples", "tokens", "patches"))
-    return Speed(*sums, wall_s, cpu_s)
+        taken = take(batches, num_samples)
+        return Speed(**asdict(taken), wall_s=time.perf_counter() - began_s, cpu_s=cpu_seconds(pids) - began_cpu_s)
 
 
-def compare(folder: Path, repeats: int, seconds: float) -> dict[str, list[Speed]]:
+def take(batches: Iterator[Counted], num_samples: int) -> Counted:
+    """The next batches, of `num_samples` or a little more."""
+    samples = tokens = patches = 0
+    while samples < num_samples:
+        batch = next(batches)
+        samples, tokens, patches = samples + batch.samples, tokens + batch.tokens, patches + batch.patches
+    return Counted(samples, tokens, patches)
+
+
+def compare(folder: Path, repeats: int, num_samples: int) -> dict[str, list[Speed]]:
     """Speeds of every pipeline on the set in `folder`, taken in turn."""
     config = config_for(folder, f"data.loader.workers={WORKERS}")
     ways = pipelines()
     speeds: dict[str, list[Speed]] = {name: [] for name in ways}
     for _ in range(repeats):
         for name, pipeline in ways.items():
-            speeds[name].append(measure(pipeline, config, seconds))
+            speeds[name].append(measure(pipeline, config, num_samples))
     return speeds
 
 
@@ -203,7 +211,6 @@ def plot(results: dict[str, dict[str, list[Speed]]], path: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kinds", nargs="+", default=list(NUM_SAMPLES), choices=list(NUM_SAMPLES))
-    parser.add_argument("--seconds", type=float, default=6.0, help="of one turn of a pipeline (default %(default)s)")
     parser.add_argument("--repeats", type=int, default=3, help="turns of each pipeline (default %(default)s)")
     parser.add_argument("--sets", type=Path, help="keep the made-up sets in this folder, and take them from there")
     parser.add_argument("--json", type=Path, help="also write all figures there")
@@ -218,7 +225,7 @@ def main() -> None:
             if not folder.exists():
                 folder.mkdir(parents=True)
                 make_set(folder, kind, NUM_SAMPLES[kind])
-            results[kind] = compare(folder, args.repeats, args.seconds)
+            results[kind] = compare(folder, args.repeats, MEASURED_SAMPLES[kind])
     Console(width=150).print(report(results))
     if args.json:
         args.json.write_text(json.dumps({k: {n: [asdict(s) for s in own] for n, own in v.items()} for k, v in results.items()}, indent=1))
