@@ -11,22 +11,18 @@ An output folder appears when everything is in it. docs/checkpoints.md has the d
 """
 
 import argparse
-import re
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
-from rich.console import Console
-from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn, TransferSpeedColumn
-
 from megatron_keye.checkpoint.compare import differences
+from megatron_keye.checkpoint.console import add_output_arguments, add_shard_size_argument, byte_progress, write_output
 from megatron_keye.checkpoint.convert import DTYPES, Conversion, export_hf, import_hf, open_model
 from megatron_keye.checkpoint.describe import describe
 from megatron_keye.checkpoint.fresh import new_hf
-from megatron_keye.checkpoint.new_folder import require_absent
 from megatron_keye.checkpoint.tensors import total_bytes
 from megatron_keye.errors import KeyeError
 
-UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 1 << 10, "MIB": 1 << 20, "GIB": 1 << 30, "TIB": 1 << 40}
 VARIANTS = {"1_5": "keye_vl_1_5", "preview": "keye_vl_preview"}
 MAX_SHOWN = 40
 
@@ -39,15 +35,6 @@ def main(argv: list[str] | None = None) -> int:
     except KeyeError as error:
         print(f"convert: {error}", file=sys.stderr)
         return error.exit_code
-
-
-def size_in_bytes(text: str) -> int:
-    """`5GB`, `500MB`, `1GiB` or a plain number. Raises ArgumentTypeError for anything else."""
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([A-Za-z]*)", text.strip())
-    size = int(float(match[1]) * UNITS.get(match[2].upper(), 0)) if match else 0
-    if size < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is no size; write it as 5GB, 500MB or 1GiB")
-    return size
 
 
 def _import(arguments: argparse.Namespace) -> int:
@@ -63,25 +50,15 @@ def _new(arguments: argparse.Namespace) -> int:
     return _convert(arguments, lambda: new_hf(arguments.llm, arguments.vision, variant, arguments.seed, arguments.max_shard_size))
 
 
-def _convert(arguments: argparse.Namespace, plan) -> int:
-    require_absent(arguments.output, arguments.force)
-    conversion: Conversion = plan()
-    specs = conversion.tensors.specs
-    text = f"{arguments.output}: {conversion.model.variant}, {len(specs)} tensors, {conversion.num_bytes / 1e9:,.2f} GB"
-    if arguments.dry_run:
-        print(f"{text}; checked, and nothing written")
-        return 0
-    with _progress() as progress:
-        bar = progress.add_task("converting", total=conversion.num_bytes)
-        conversion.write(arguments.output, arguments.force, lambda num_bytes: progress.advance(bar, num_bytes))
-    print(text)
+def _convert(arguments: argparse.Namespace, plan: Callable[[], Conversion]) -> int:
+    write_output(arguments, "converting", plan)
     return 0
 
 
 def _verify(arguments: argparse.Namespace) -> int:
     first, second = open_model(arguments.first), open_model(arguments.second)
     found = []
-    with _progress() as progress:
+    with byte_progress() as progress:
         bar = progress.add_task("comparing", total=total_bytes(first.specs))
         for difference in differences(first, second, lambda num_bytes: progress.advance(bar, num_bytes)):
             found.append(difference)
@@ -98,38 +75,26 @@ def _inspect(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _progress() -> Progress:
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        DownloadColumn(),
-        TransferSpeedColumn(),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-    )
-    return Progress(*columns, console=Console(stderr=True))
-
-
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     importing = _command(commands, "hf-to-megatron", _import, "a Hugging Face folder to a checkpoint, every tensor in its own type")
     importing.add_argument("--input", type=Path, required=True, metavar="HF_DIR")
-    _add_output(importing)
+    add_output_arguments(importing)
     exporting = _command(commands, "megatron-to-hf", _export, "a checkpoint of any layout to a Hugging Face folder")
     exporting.add_argument("--input", type=Path, required=True, metavar="DIR", help="checkpoint, or run directory (its latest checkpoint)")
     own = "each tensor's own for a converted checkpoint, the run's precision for a training checkpoint"
     exporting.add_argument("--dtype", choices=DTYPES, help=f"type of the weights (default: {own})")
     exporting.add_argument("--template", type=Path, metavar="HF_DIR", help="folder to take everything but weights from (default: found)")
-    _add_output(exporting)
-    _add_shard_size(exporting)
+    add_output_arguments(exporting)
+    add_shard_size_argument(exporting)
     fresh = _command(commands, "new", _new, "a Keye-VL folder from plain Qwen3 and SigLIP, with a fresh projector")
     fresh.add_argument("--llm", type=Path, required=True, metavar="QWEN3_DIR")
     fresh.add_argument("--vision", type=Path, required=True, metavar="SIGLIP_DIR", help="such as so400m-patch14-384")
     fresh.add_argument("--variant", choices=VARIANTS, required=True)
     fresh.add_argument("--seed", type=int, default=0, help="of the projector and of new token rows (default: %(default)s)")
-    _add_output(fresh)
-    _add_shard_size(fresh)
+    add_output_arguments(fresh)
+    add_shard_size_argument(fresh)
     verifying = _command(commands, "verify", _verify, "compare two folders tensor by tensor; exit code 1 where they differ")
     for name in ("first", "second"):
         verifying.add_argument(name, type=Path, metavar=name.upper(), help="checkpoint, run directory or Hugging Face folder")
@@ -142,16 +107,6 @@ def _command(commands, name: str, run, summary: str) -> argparse.ArgumentParser:
     parser = commands.add_parser(name, help=summary, description=summary[0].upper() + summary[1:] + ".")
     parser.set_defaults(run=run)
     return parser
-
-
-def _add_output(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="folder to make; must not exist or be empty")
-    parser.add_argument("--force", action="store_true", help="replace the output folder if it exists")
-    parser.add_argument("--dry-run", action="store_true", help="check everything and write nothing")
-
-
-def _add_shard_size(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--max-shard-size", type=size_in_bytes, default="5GB", metavar="SIZE", help="of a file of weights (default: 5GB)")
 
 
 if __name__ == "__main__":

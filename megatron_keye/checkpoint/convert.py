@@ -5,10 +5,12 @@ weights, so that the way back gives the same folder. A training checkpoint has n
 from what the run was started with.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import yaml
@@ -20,7 +22,7 @@ from megatron_keye.checkpoint.hf_config import CONFIG_FILE, make_hf_config, mode
 from megatron_keye.checkpoint.hf_files import HfFiles, carried_files, json_text, released_files, tokenizer_files
 from megatron_keye.checkpoint.hf_weights import HfTensors, write_hf_weights
 from megatron_keye.checkpoint.identity import identity, stored_settings
-from megatron_keye.checkpoint.manifest import MANIFEST, RunRecord
+from megatron_keye.checkpoint.manifest import MANIFEST, Identity, RunRecord
 from megatron_keye.checkpoint.new_folder import new_folder
 from megatron_keye.checkpoint.store import find_damage, latest
 from megatron_keye.checkpoint.tensors import Cast, TensorSource, require_shapes, total_bytes
@@ -72,12 +74,17 @@ def import_hf(source: Path) -> Conversion:
     run = RunRecord(step=0, resume_state="", settings=settings, ledger="", versions={"megatron_keye": megatron_keye.__version__})
 
     def fill(folder: Path, on_bytes: OnBytes) -> None:
-        (folder / HF_FILES).mkdir()
-        carried.write_to(folder / HF_FILES)
-        flush_folder(folder / HF_FILES)
-        write_checkpoint(folder, tensors, run, own_identity, on_bytes)
+        write_converted(folder, tensors, carried, run, own_identity, on_bytes)
 
     return Conversion(model, tensors, fill)
+
+
+def write_converted(folder: Path, tensors: TensorSource, files: HfFiles, run: RunRecord, model: Identity, on_bytes: OnBytes) -> None:
+    """Fill an empty folder as a converted checkpoint: `tensors`, and the other `files` of a Hugging Face folder."""
+    (folder / HF_FILES).mkdir()
+    files.write_to(folder / HF_FILES)
+    flush_folder(folder / HF_FILES)
+    write_checkpoint(folder, tensors, run, model, on_bytes)
 
 
 def export_hf(path: Path, max_shard_bytes: int, dtype: str | None = None, template: Path | None = None) -> Conversion:
@@ -91,22 +98,42 @@ def export_hf(path: Path, max_shard_bytes: int, dtype: str | None = None, templa
     """
     checkpoint = _require_checkpoint(path)
     stored = CheckpointTensors(checkpoint)
-    run = None if is_converted(checkpoint) else stored_settings(checkpoint, stored.manifest)
-    if dtype is None and run is not None:
-        dtype = TRAINED_DTYPES[run.train.precision]
+    dtype, files = beside_weights(stored, dtype, template)
     tensors = stored if dtype is None else Cast(stored, DTYPES[dtype])
-    files = _files_of(stored, run, dtype, template)
 
     def fill(folder: Path, on_bytes: OnBytes) -> None:
         files.write_to(folder)
-        # Hashing leaves the interpreter's lock, so it takes no time from the conversion where there is a second core.
-        with ThreadPoolExecutor(max_workers=1) as pool:
-            damage = pool.submit(find_damage, checkpoint)
+        with comparing_checksums([checkpoint]):
             write_hf_weights(folder, tensors, max_shard_bytes, on_bytes)
-        if damage.result():
-            raise CheckpointError("\n".join(damage.result()) + "\nUse an earlier checkpoint, or copy this one again.")
 
     return Conversion(stored.model, tensors, fill)
+
+
+def beside_weights(source: CheckpointTensors | HfTensors, dtype: str | None, template: Path | None = None) -> tuple[str | None, HfFiles]:
+    """The type that exported weights of `source` get, None for each tensor's own, and the other files of a Hugging Face folder.
+
+    `dtype` and `template` as in `export_hf`. Raises CheckpointError where the files cannot be found or are of another model.
+    """
+    if isinstance(source, HfTensors):
+        return dtype, _with_dtype(source.folder, dtype)
+    run = None if is_converted(source.path) else stored_settings(source.path, source.manifest)
+    if dtype is None and run is not None:
+        dtype = TRAINED_DTYPES[run.train.precision]
+    return dtype, _files_of(source, run, dtype, template)
+
+
+@contextmanager
+def comparing_checksums(checkpoints: Sequence[Path]) -> Iterator[None]:
+    """Compare the checksums of `checkpoints` while the block reads them. Raises CheckpointError at its end, with every damaged file.
+
+    Hashing leaves the interpreter's lock, so it takes no time from the block where there is a second core.
+    """
+    with ThreadPoolExecutor(max_workers=1) as pool:
+        damage = pool.map(find_damage, checkpoints)
+        yield
+    found = [problem for problems in damage for problem in problems]
+    if found:
+        raise CheckpointError("\n".join(found) + "\nUse an earlier checkpoint, or copy this one again.")
 
 
 def _require_checkpoint(path: Path) -> Path:
@@ -160,8 +187,20 @@ def _from_template(folder: Path, stored: CheckpointTensors, trained_tokens: int,
     if trained_tokens > config.get("max_position_embeddings", 0):
         config |= {"max_position_embeddings": trained_tokens}
     if dtype is not None:
-        config |= {"dtype" if "dtype" in raw else "torch_dtype": dtype}
+        config |= {_dtype_key(raw): dtype}
     return HfFiles(files, {} if config == raw else {CONFIG_FILE: json_text(config)})
+
+
+def _with_dtype(folder: Path, dtype: str | None) -> HfFiles:
+    """The files of a Hugging Face folder, whose config.json says that the weights have the type `dtype`."""
+    raw = read_json_object(folder / CONFIG_FILE)
+    config = raw | ({} if dtype is None else {_dtype_key(raw): dtype})
+    return HfFiles(carried_files(folder), {} if config == raw else {CONFIG_FILE: json_text(config)})
+
+
+def _dtype_key(config: Mapping[str, Any]) -> str:
+    """Older versions of transformers call it torch_dtype."""
+    return "dtype" if "dtype" in config else "torch_dtype"
 
 
 def find_checkpoint(path: Path) -> Path | None:
