@@ -24,6 +24,7 @@ from functools import partial
 from itertools import islice
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from rich.console import Console
@@ -32,9 +33,11 @@ from rich.table import Table
 from benchmarks.processes import family, pss_bytes
 from benchmarks.shard_sets import VARIANT, config_for, make_set
 from megatron_keye.config.schema import RunConfig
-from megatron_keye.data.loader import ReplicaLoader, patch_counts, stack_patches
+from megatron_keye.data.delivery import parcels, unpack
+from megatron_keye.data.loader import ReplicaLoader
 from megatron_keye.data.mixture import open_samples
 from megatron_keye.data.tokenizer import load_tokenizer
+from megatron_keye.data.transport import CollectiveTransport
 from megatron_keye.parallel.cpu import adapt_to_cpu
 from megatron_keye.parallel.groups import Groups, build_groups
 from megatron_keye.parallel.launch import run_ranks
@@ -60,7 +63,8 @@ class Used:
 
 def from_leader(config: RunConfig, groups: Groups, plan_at: PlanAt, loader: ReplicaLoader | None) -> Iterator[StepBatch]:
     """A training run's own feed."""
-    with closing(Feed(config, groups, plan_at, loader, Cursor(), DEVICE)) as feed:
+    transport = CollectiveTransport(groups.replica, DEVICE)
+    with closing(Feed(config, groups, plan_at, loader, transport, Cursor(), DEVICE)) as feed:
         while True:
             yield feed.next_step().batch
 
@@ -75,11 +79,10 @@ def by_every_rank(config: RunConfig, groups: Groups, plan_at: PlanAt, loader: Re
                 (share,) = plan.replicas
                 ahead.append((share, background.submit(loader.load, share)))
             share, loaded = ahead.popleft()
-            data, counts = loaded.result(), patch_counts(share, groups.grid.replica_size)
-            by_rank = torch.from_numpy(stack_patches(data.patches, counts)).split([sum(rounds) for rounds in counts])
-            patches = list(by_rank[groups.replica_rank].clone().split(counts[groups.replica_rank]))
-            rows = None if groups.ends is None else data.rows
-            yield fill(lay_out(share, config, groups, DEVICE), rows, patches, count_supervised(share, data), groups, DEVICE)
+            data, rank = loaded.result(), groups.replica_rank
+            own = np.concatenate([array.reshape(-1).view(np.uint8) for array in parcels(data, share, groups.grid)[rank]])
+            rows, patches = unpack(torch.from_numpy(own), share, groups.grid, rank)
+            yield fill(lay_out(share, config, groups, DEVICE), rows, patches, count_supervised(share, data), DEVICE)
 
 
 def measure_rank(config: RunConfig, way: str, steps: int) -> Used:

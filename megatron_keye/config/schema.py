@@ -13,6 +13,7 @@ Module = Literal["vision", "projector", "embedding", "decoder"]
 Positive = Annotated[int, Field(gt=0)]
 NonNegative = Annotated[int, Field(ge=0)]
 PositiveFloat = Annotated[float, Field(gt=0.0)]
+TransportName = Literal["auto", "collective", "shared_memory"]
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 
 
@@ -250,6 +251,9 @@ class DataConfig(Section):
     """Threads that decode in the leader itself, where data.loader.workers is 0, and in evaluation and scoring."""
     loader: LoaderConfig = LoaderConfig()
     storage: StorageConfig = StorageConfig()
+    transport: TransportName = "auto"
+    """How a replica's leader gives its ranks what they need of a step: by the backend's collective, or through memory, where the ranks
+    share a host. auto measures both when the run starts."""
     media: MediaConfig = MediaConfig()
     bad_sample: Literal["stop", "skip"] = "stop"
     """What a sample that cannot be read does: stop the run, or leave its slot empty, with its reason in the ledger."""

@@ -5,7 +5,6 @@
 3. Pixels are grouped by the rank and round that will encode them.
 """
 
-from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
@@ -131,9 +130,3 @@ def patch_counts(plan: ReplicaPlan, num_ranks: int) -> list[list[int]]:
         document = plan.rows[task.microbatch].documents[task.document]
         counts[task.encoder][task.round] += document.shape.segments[task.segment].grid.num_patches
     return counts
-
-
-def stack_patches(patches: dict[tuple[int, int], list[np.ndarray]], counts: Sequence[Sequence[int]]) -> np.ndarray:
-    """All patches by (rank, round), as one uint8 array [sum of counts, 588], ready to be scattered."""
-    ordered = [p for rank, rounds in enumerate(counts) for number in range(len(rounds)) for p in patches.get((rank, number), [])]
-    return np.concatenate([np.zeros((0, PATCH_VALUES), dtype=np.uint8), *ordered])

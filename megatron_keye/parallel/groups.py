@@ -28,8 +28,6 @@ class Groups:
     """This rank alone."""
     replica: ProcessGroup
     """TP x CP x PP: pixels and embeddings travel here."""
-    ends: ProcessGroup | None
-    """First and last pipeline stage of the replica, the ranks that need token ids or labels; None in between."""
     tp: ProcessGroup
     cp: ProcessGroup
     pp: ProcessGroup
@@ -77,14 +75,13 @@ def build_groups(grid: RankGrid) -> Groups:
     tp, cp, pp, dp = (new(grid.groups(axis)) for axis in ("tp", "cp", "pp", "dp"))
     dp_cp = new(grid.groups("dp", "cp"))
     replica = new(grid.groups("tp", "cp", "pp"))
-    ends = new(_end_groups(grid))
     decoder = ProcessGroupCollection(
         tp=tp, cp=cp, pp=pp, dp=dp, dp_cp=dp_cp, intra_dp_cp=dp_cp, tp_cp=new(grid.groups("tp", "cp")),
         mp=new(grid.groups("tp", "pp")), ep=single, expt_tp=single, expt_dp=single, intra_expt_dp=single,
         tp_ep_pp=new(grid.groups("tp", "pp")), intra_dist_opt=dist.group.WORLD, embd=None, pos_embd=None,
     )  # fmt: skip
     return Groups(
-        grid=grid, rank=rank, world=dist.group.WORLD, single=single, replica=replica, ends=ends, tp=tp, cp=cp, pp=pp, dp=dp,
+        grid=grid, rank=rank, world=dist.group.WORLD, single=single, replica=replica, tp=tp, cp=cp, pp=pp, dp=dp,
         decoder=decoder, encoder=encoder_collection(single),
     )  # fmt: skip
 
@@ -108,12 +105,6 @@ def encoder_collection(single: ProcessGroup) -> ProcessGroupCollection:
         tp=single, cp=single, pp=single, ep=single, mp=single, tp_ep_pp=single, expt_dp=single, intra_expt_dp=single,
         dp=world, dp_cp=world, intra_dp_cp=world, intra_dist_opt=world, embd=None, pos_embd=None,
     )  # fmt: skip
-
-
-def _end_groups(grid: RankGrid) -> list[list[int]]:
-    """Per replica, the ranks of its first and last pipeline stage."""
-    ends = sorted({*grid.stage_ranks(0), *grid.stage_ranks(grid.pp - 1)})
-    return [[replica * grid.replica_size + place for place in ends] for replica in range(grid.dp)]
 
 
 def _group_maker(rank: int) -> Callable[[list[list[int]]], ProcessGroup | None]:

@@ -12,12 +12,11 @@ from torch import Tensor
 
 from megatron_keye.config.schema import RunConfig
 from megatron_keye.contract.media import PatchGrid
-from megatron_keye.contract.rows import RowTokens, next_tokens
+from megatron_keye.contract.rows import LocalRow
 from megatron_keye.model.decoder_config import PRECISION
 from megatron_keye.model.encode import EncodeRound
 from megatron_keye.model.packed import PackedRow, pack_row
 from megatron_keye.parallel.groups import Groups
-from megatron_keye.plan.context_split import local_tokens
 from megatron_keye.plan.positions import row_positions
 from megatron_keye.plan.route import StepRoute, route_step
 from megatron_keye.plan.types import ReplicaPlan, Row
@@ -47,11 +46,9 @@ class StepBatch:
 
 @dataclass(frozen=True)
 class RowLayout:
-    """One packed row without its tokens: `local_tokens` int64 [T] are the places in the row of the tokens that this rank holds."""
+    """One packed row without its tokens."""
 
     packed: PackedRow
-    cu_seqlens: list[int]
-    local_tokens: np.ndarray
     visual_places: Tensor
 
 
@@ -74,13 +71,11 @@ def lay_out(replica: ReplicaPlan, config: RunConfig, groups: Groups, device: tor
 
 
 def fill(
-    layout: BatchLayout, rows: Sequence[RowTokens] | None, patches: Sequence[Tensor], num_supervised: int, groups: Groups,
-    device: torch.device,
-) -> StepBatch:  # fmt: skip
-    """The batch with what was loaded: the replica's `rows` (None in the middle of the pipeline), the uint8 patches [num_patches, 588]
-    of each of this rank's encode rounds, and the supervised tokens of the whole world."""
-    tokens: Sequence[RowTokens | None] = [None] * len(layout.rows) if rows is None else rows
-    microbatches = tuple(_microbatch(row, own, groups, device) for row, own in zip(layout.rows, tokens, strict=True))
+    layout: BatchLayout, rows: Sequence[LocalRow], patches: Sequence[Tensor], num_supervised: int, device: torch.device
+) -> StepBatch:
+    """The batch with what was loaded: this rank's part of every row, the uint8 patches [num_patches, 588] of each of its encode rounds,
+    and the supervised tokens of the whole world."""
+    microbatches = tuple(_microbatch(row, own, device) for row, own in zip(layout.rows, rows, strict=True))
     rounds = tuple(EncodeRound(own.to(device), grids) for own, grids in zip(patches, layout.grids, strict=True))
     return StepBatch(microbatches, rounds, layout.route, num_supervised)
 
@@ -100,15 +95,14 @@ def _row_layout(row: Row, places: np.ndarray, config: RunConfig, groups: Groups,
     positions = row_positions(row, config.model.variant)
     dtype = PRECISION[config.train.precision]
     packed = pack_row(row.cu_seqlens, positions, config.model.decoder, cp_size=cp_size, cp_rank=cp_rank, dtype=dtype, device=device)
-    return RowLayout(packed, row.cu_seqlens, local_tokens(row.cu_seqlens, cp_size, cp_rank), torch.from_numpy(places).to(device))
+    return RowLayout(packed, torch.from_numpy(places).to(device))
 
 
-def _microbatch(row: RowLayout, tokens: RowTokens | None, groups: Groups, device: torch.device) -> Microbatch:
+def _microbatch(row: RowLayout, tokens: LocalRow, device: torch.device) -> Microbatch:
     token_ids = labels = weights = None
-    if groups.is_first_stage:
-        token_ids = torch.from_numpy(tokens.token_ids[row.local_tokens]).to(device).unsqueeze(0)
-    if groups.is_last_stage:
-        next_token, is_supervised = next_tokens(tokens, row.cu_seqlens)
-        labels = torch.from_numpy(next_token[row.local_tokens]).to(device)
-        weights = torch.from_numpy(is_supervised[row.local_tokens]).to(device)
+    if tokens.token_ids is not None:
+        token_ids = torch.from_numpy(tokens.token_ids).to(device, torch.int64).unsqueeze(0)
+    if tokens.targets is not None:
+        targets = torch.from_numpy(tokens.targets).to(device, torch.int64)
+        labels, weights = targets >> 1, (targets & 1).bool()
     return Microbatch(row.packed, token_ids, labels, weights, row.visual_places)

@@ -2,8 +2,8 @@
 
 1. A background thread plans the coming steps from the cursor, lays out this rank's batches and, on a replica's leader, reads and
    decodes them ahead, within a number of steps and a budget of bytes. It issues no collectives.
-2. `next_step` takes the next one in the main thread; all ranks agree on the plan; rows are broadcast and pixels scattered
-   within the replica, and fill the batch.
+2. `next_step` takes the next one in the main thread; all ranks agree on the plan; and every rank gets from its replica's leader what
+   it needs of rows and pixels, which fill the batch.
 
 Nothing here has state worth saving: the cursor that comes with a step says where the step after it begins.
 """
@@ -18,16 +18,10 @@ import torch
 
 from megatron_keye.config.schema import RunConfig
 from megatron_keye.contract.rows import num_supervised
-from megatron_keye.data.broadcast import broadcast_rows, scatter_patches
-from megatron_keye.data.loader import (
-    ReplicaData,
-    ReplicaLoader,
-    SkippedSample,
-    patch_counts,
-    replica_pixel_bytes,
-    stack_patches,
-)
+from megatron_keye.data.delivery import parcel_bytes, parcels, unpack
+from megatron_keye.data.loader import ReplicaData, ReplicaLoader, SkippedSample, replica_pixel_bytes
 from megatron_keye.data.sources import NO_MEDIA, MediaCounts
+from megatron_keye.data.transport import Transport
 from megatron_keye.errors import SettingsError
 from megatron_keye.model.decoder_config import PRECISION
 from megatron_keye.parallel.groups import Groups
@@ -77,9 +71,11 @@ class Feed:
     """Steps from `cursor` on. `loader` is this replica's, and None except on its leader."""
 
     def __init__(
-        self, config: RunConfig, groups: Groups, plan_at: PlanAt, loader: ReplicaLoader | None, cursor: Cursor, device: torch.device
+        self, config: RunConfig, groups: Groups, plan_at: PlanAt, loader: ReplicaLoader | None, transport: Transport, cursor: Cursor,
+        device: torch.device,
     ):  # fmt: skip
-        self._config, self._groups, self._plan_at, self._loader, self._device = config, groups, plan_at, loader, device
+        self._config, self._groups, self._plan_at, self._loader = config, groups, plan_at, loader
+        self._transport, self._device = transport, device
         self._queue: deque[_Prepared | Exception] = deque()
         self._queued_bytes = 0
         self._changed = threading.Condition()
@@ -161,16 +157,11 @@ class Feed:
             return item, held_bytes
 
     def _deliver(self, prepared: _Prepared, num_supervised: int) -> StepBatch:
-        groups, device, share = self._groups, self._device, prepared.share
-        rows = None
-        if groups.ends is not None:
-            lengths = [row.num_tokens for row in share.rows]
-            own = None if prepared.data is None else prepared.data.rows
-            rows = broadcast_rows(own, lengths, groups.ends, groups.leader, device)
-        counts = patch_counts(share, groups.grid.replica_size)
-        stacked = None if prepared.data is None else stack_patches(prepared.data.patches, counts)
-        patches = scatter_patches(stacked, counts, groups.replica, device)
-        return fill(prepared.layout, rows, patches, num_supervised, groups, device)
+        grid, rank, share = self._groups.grid, self._groups.replica_rank, prepared.share
+        own = None if prepared.data is None else parcels(prepared.data, share, grid)
+        received = self._transport.scatter(own, parcel_bytes(share, grid))
+        rows, patches = unpack(received, share, grid, rank)
+        return fill(prepared.layout, rows, patches, num_supervised, self._device)
 
 
 def count_supervised(replica: ReplicaPlan, data: ReplicaData) -> int:

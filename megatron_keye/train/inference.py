@@ -10,7 +10,8 @@ import torch
 
 from megatron_keye.contract.media import SampleShape
 from megatron_keye.contract.rows import next_tokens
-from megatron_keye.data.loader import ReplicaLoader, patch_counts, stack_patches
+from megatron_keye.data.delivery import within_one_rank
+from megatron_keye.data.loader import ReplicaLoader
 from megatron_keye.data.sources import ThreadSource
 from megatron_keye.data.tokenize import TokenizedSample
 from megatron_keye.model.encode import EncodePhases
@@ -88,11 +89,9 @@ class Scorer:
     def _score(self, members: Sequence[int], samples: Samples, loader: ReplicaLoader) -> dict[int, SampleScore]:
         (replica,) = self._planner.place(members, [samples.shape(sample) for sample in members])
         data = loader.load(replica)
-        counts = patch_counts(replica, num_ranks=1)
-        patches = torch.from_numpy(stack_patches(data.patches, counts)).split(counts[0])
         model = self._model
         layout = lay_out(replica, model.config, model.groups, model.device)
-        batch = fill(layout, data.rows, patches, 0, model.groups, model.device)
+        batch = fill(layout, *within_one_rank(data, replica), num_supervised=0, device=model.device)
         slab = self._encode.forward(batch.rounds, batch.route, model.device)
         scores = {}
         for row, tokens, microbatch, visual in zip(

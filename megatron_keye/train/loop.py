@@ -10,6 +10,7 @@ from collections import Counter
 from megatron_keye.config.load import dump_config
 from megatron_keye.config.schema import RunConfig
 from megatron_keye.data.mixture import MixedDataset
+from megatron_keye.data.transport import open_transport
 from megatron_keye.plan.cursor import Cursor
 from megatron_keye.plan.mixture import Mixture
 from megatron_keye.train.build import build_model, build_optimizer
@@ -47,6 +48,7 @@ class Training:
         with said_once(runtime.groups.world, runtime.device):
             require_same_everywhere(calibration, runtime.groups.world)
             self.model = build_model(config, runtime.groups, runtime.device, draw=drawing(config.model))
+            self._transport, self._transport_note = open_transport(config.data.transport, runtime.groups.replica, runtime.device)
         self.step = TrainStep(self.model, build_optimizer(self.model))
         self.planner = Planner(config, runtime.groups.grid.dp, None if calibration is None else calibration.time_model)
         self.history = History(config, run_dir, runtime, self.inputs, costs_version(calibration))
@@ -116,8 +118,8 @@ class Training:
 
     def _feed(self, dataset: MixedDataset, cursor: Cursor, mixture: Mixture) -> Feed:
         loader = None if self._loading is None else self._loading.loader(dataset)
-        plan_at = self.planner.over(dataset.plan_data, mixture.order())
-        return Feed(self.config, self.runtime.groups, plan_at, loader, cursor, self.runtime.device)
+        plan_at = self.planner.over(dataset.plan_data, mixture.order(self.history.remaps.due))
+        return Feed(self.config, self.runtime.groups, plan_at, loader, self._transport, cursor, self.runtime.device)
 
     def _validate(self, cursor: Cursor) -> None:
         """The mean loss of the first `valid_steps` steps of the held-out set, always the same samples; none when asked to stop."""
@@ -166,6 +168,8 @@ class Training:
         start = f"resuming after {cursor.step} steps" if cursor.step else "starting"
         grid = self.runtime.groups.grid
         layout = f"tp {grid.tp} x cp {grid.cp} x pp {grid.pp} x dp {grid.dp}"
+        if self.runtime.groups.grid.replica_size > 1:
+            self.recorder.say(f"data travel within a replica by {self._transport.name} ({self._transport_note})")
         self.recorder.say(f"{start}: {len(train):,} samples, {self.config.train.steps} steps, {layout} on {self.runtime.device.type}")
 
     def _heartbeat(self, cursor: Cursor, phase: str) -> None:

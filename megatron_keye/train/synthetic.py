@@ -11,6 +11,7 @@ import torch
 from megatron_keye.config.schema import RunConfig, Variant
 from megatron_keye.contract.media import PATCH_VALUES, PatchGrid, SampleShape, Segment
 from megatron_keye.contract.rows import RowTokens, num_supervised
+from megatron_keye.data.delivery import local_row
 from megatron_keye.parallel.groups import Groups
 from megatron_keye.plan.types import ReplicaPlan, Replicas, Row
 from megatron_keye.train.batch import StepBatch, fill, lay_out
@@ -67,7 +68,9 @@ def synthetic_batch(step: int, replicas: Sequence[ReplicaPlan], config: RunConfi
     ]
     every_row = [row for share in replicas for row in share.rows]
     supervised = sum(num_supervised(_row_tokens(row, step, vocab_size), row.cu_seqlens) for row in every_row)
-    return fill(lay_out(replica, config, groups, device), rows, patches, supervised, groups, device)
+    grid, rank = groups.grid, groups.replica_rank
+    local = [local_row(tokens, row.cu_seqlens, grid, rank) for tokens, row in zip(rows, replica.rows, strict=True)]
+    return fill(lay_out(replica, config, groups, device), local, patches, supervised, device)
 
 
 def _row_tokens(row: Row, step: int, vocab_size: int) -> RowTokens:

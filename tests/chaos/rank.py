@@ -119,7 +119,7 @@ class WatchedTraining(Training):
     def _feed(self, dataset: MixedDataset, cursor: Cursor, mixture: Mixture) -> WatchedFeed:
         self._place.begin(cursor.step)
         plan_at = self.planner.over(dataset.plan_data, mixture.order())
-        arguments = (self.config, self.runtime.groups, plan_at, self._loader(dataset), cursor, self.runtime.device)
+        arguments = (self.config, self.runtime.groups, plan_at, self._loader(dataset), self._transport, cursor, self.runtime.device)
         return WatchedFeed(self.run_dir.path / WITNESS, self._place, *arguments)
 
     def _on_file_operation(self, event: str, arguments: tuple) -> None:

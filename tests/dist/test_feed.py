@@ -10,6 +10,7 @@ import torch.distributed as dist
 from megatron_keye.data import dataset as dataset_module
 from megatron_keye.data.loader import ReplicaLoader
 from megatron_keye.data.sources import ThreadSource
+from megatron_keye.data.transport import CollectiveTransport
 from megatron_keye.errors import DataError
 from megatron_keye.plan.context_split import local_tokens
 from megatron_keye.plan.cursor import Cursor
@@ -44,7 +45,8 @@ def make_feed(config, tiny, runtime, dataset=None):
     dataset = dataset or tiny.dataset(config)
     loader = make_loader(dataset, threads=2) if runtime.groups.is_leader else None
     planner = Planner(config, runtime.groups.grid.dp)
-    return Feed(config, runtime.groups, planner.over(dataset.plan_data), loader, Cursor(), runtime.device)
+    transport = CollectiveTransport(runtime.groups.replica, runtime.device)
+    return Feed(config, runtime.groups, planner.over(dataset.plan_data), loader, transport, Cursor(), runtime.device)
 
 
 def rank_steps(config, tiny):

@@ -8,6 +8,7 @@ import pytest
 
 from megatron_keye.data.loader import ReplicaLoader
 from megatron_keye.data.sources import ThreadSource
+from megatron_keye.data.transport import CollectiveTransport
 from megatron_keye.plan.cursor import Cursor
 from megatron_keye.train.feed import Feed
 from megatron_keye.train.placement import Planner
@@ -90,7 +91,8 @@ def first_reads(config, tiny, steps_before):
         _, cursor = plan_at(cursor)
     source = Noted(dataset)
     loader = ReplicaLoader(source, pad_id=0, skip_bad=False)
-    feed = Feed(config, runtime.groups, plan_at, loader, cursor, runtime.device)
+    transport = CollectiveTransport(runtime.groups.replica, runtime.device)
+    feed = Feed(config, runtime.groups, plan_at, loader, transport, cursor, runtime.device)
     members = feed.next_step().plan.members
     feed.close()
     return sorted(members), sorted(source.order[: len(members)]), loader.counts.samples, len(source.order)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from megatron_keye.contract.media import PATCH_VALUES, PatchGrid, SampleShape, Segment
-from megatron_keye.data.loader import ReplicaLoader, patch_counts, replica_pixel_bytes, stack_patches
+from megatron_keye.data.loader import ReplicaLoader, patch_counts, replica_pixel_bytes
 from megatron_keye.data.sources import ThreadSource
 from megatron_keye.data.tokenize import TokenizedSample
 from megatron_keye.errors import DataError
@@ -76,13 +76,6 @@ def test_patches_are_grouped_by_rank_and_round():
     assert found == {(0, 0): [(8, 4)], (0, 1): [(8, 8)], (2, 0): [(4, 3)]}
     counts = patch_counts(PLAN, num_ranks=3)
     assert counts == [[8, 8], [0, 0], [4, 0]]
-    stacked = stack_patches(data.patches, counts)
-    assert stacked.shape == (20, PATCH_VALUES) and stacked.dtype == np.uint8
-    assert stacked[:, 0].tolist() == [4] * 8 + [8] * 8 + [3] * 4
-
-
-def test_a_step_without_pictures_stacks_to_nothing():
-    assert stack_patches({}, [[0], [0]]).shape == (0, PATCH_VALUES)
 
 
 def test_bytes_are_counted_before_anything_is_decoded():
@@ -97,7 +90,7 @@ def test_a_skipped_sample_leaves_its_slot_empty_and_its_reason():
     assert [patches.any() for patches in data.patches[(0, 0)]] == [False]
     # Every other sample is as it would be.
     assert data.patches[(0, 1)][0][0, 0] == 8
-    assert stack_patches(data.patches, patch_counts(PLAN, 3)).shape == (20, PATCH_VALUES)
+    assert sum(len(segment) for patches in data.patches.values() for segment in patches) == 20
 
 
 def test_without_the_policy_a_bad_sample_is_raised():
