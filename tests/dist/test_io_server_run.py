@@ -9,7 +9,7 @@ import torch
 
 from megatron_keye.train.run_dir import RunDir
 from tests.tiny import losses, read_lines, train
-from tests.unit.io_server.processes import ServerProcess
+from tests.unit.io_server.processes import ServerProcess, SlowPath
 
 
 @pytest.fixture(scope="module")
@@ -45,10 +45,14 @@ def signal_at(signals, counts_folder):
     return hook
 
 
+def registered(folder):
+    return f"data.media.registry={folder / 'registry'}"
+
+
 def run_with_servers(tiny, folder, signals, *overrides):
     """The run's folder, its weights, and where the pixels of each rank came from."""
-    media = (f"data.media.registry={folder / 'registry'}", f"data.media.secret_file={folder / 'secret'}")
-    config = tiny.config(*media, "data.prefetch_steps=0", *overrides)
+    secret = f"data.media.secret_file={folder / 'secret'}"
+    config = tiny.config(secret, "data.prefetch_steps=0", *overrides)
     weights = train("dp2", config, folder / "remote", signal_at(signals, folder))
     return folder / "remote", weights, [json.loads((folder / f"counts{rank}.json").read_text()) for rank in range(2)]
 
@@ -63,7 +67,7 @@ def assert_same_run(path, weights, local):
 
 def test_servers_that_die_one_after_the_other_change_nothing(tiny, local, servers, tmp_path):
     deaths = {2: (servers[0].pid, signal.SIGKILL), 4: (servers[1].pid, signal.SIGKILL)}
-    path, weights, counts_by_rank = run_with_servers(tiny, tmp_path, deaths)
+    path, weights, counts_by_rank = run_with_servers(tiny, tmp_path, deaths, registered(tmp_path))
     assert_same_run(path, weights, local)
     for counts in counts_by_rank:
         assert counts["remote"] > 0
@@ -73,7 +77,20 @@ def test_servers_that_die_one_after_the_other_change_nothing(tiny, local, server
 
 def test_a_server_that_hangs_changes_nothing_and_costs_little(tiny, local, servers, tmp_path):
     hang = {2: (servers[0].pid, signal.SIGSTOP)}
-    path, weights, counts_by_rank = run_with_servers(tiny, tmp_path, hang, "data.media.hedge_after_s=0.2", "data.media.deadline_s=2.0")
+    path, weights, counts_by_rank = run_with_servers(
+        tiny, tmp_path, hang, registered(tmp_path), "data.media.hedge_after_s=0.2", "data.media.deadline_s=2.0"
+    )
     assert_same_run(path, weights, local)
     assert sum(counts["hedged"] for counts in counts_by_rank if "hedged" in counts) > 0
     assert max(line["data_wait_s"] for line in read_lines(RunDir(path).metrics)) < 15.0
+
+
+def test_a_server_that_is_late_by_seconds_is_hedged_and_changes_nothing(tiny, local, servers, tmp_path):
+    late = SlowPath(servers[0].url, delay_s=2.0)
+    fleet = f"data.media.servers=[{late.url}, {servers[1].url}]"
+    path, weights, counts_by_rank = run_with_servers(tiny, tmp_path, {}, fleet, "data.media.hedge_after_s=0.2")
+    assert_same_run(path, weights, local)
+    metrics = read_lines(RunDir(path).metrics)
+    assert sum(line["media_hedged"] for line in metrics) == sum(counts["hedged"] for counts in counts_by_rank) > 0
+    assert sum(line["media_remote"] for line in metrics) == sum(counts["remote"] for counts in counts_by_rank) > 0
+    assert all(line["media_local"] == line["media_failed"] == 0 for line in metrics)
