@@ -25,8 +25,9 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
+from megatron_keye.errors import SettingsError
 from megatron_keye.train.layouts import parse_layout
-from tests.chaos.board import Board
+from tests.chaos.board import MAX_RANKS, Board
 from tests.chaos.campaign import Report, run_campaign
 from tests.chaos.faults import FAULTS
 from tests.chaos.life import ChaosError
@@ -88,7 +89,13 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _layout(name: str) -> str:
-    parse_layout(name)
+    """Raises ArgumentTypeError, which is what argparse shows."""
+    try:
+        world_size = parse_layout(name).world_size
+    except SettingsError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
+    if world_size > MAX_RANKS:
+        raise argparse.ArgumentTypeError(f"{name} has {world_size} ranks, expected at most {MAX_RANKS}")
     return name
 
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from itertools import groupby
 from pathlib import Path
 
+from megatron_keye.config.schema import RunConfig
 from tests.chaos.board import Board
 from tests.chaos.checks import check_life, check_run
 from tests.chaos.life import ChaosError, LifeEnd, Strike, live
@@ -89,12 +90,8 @@ class _Run:
             self.restarts.append(self._steps)
         self._num_lives += 1
         self._layouts.add(life.layout)
-        settings = self._scene.config
-        loader = settings.data.loader.model_copy(update={"workers": life.workers})
-        data = settings.data.model_copy(update={"prefetch_steps": life.prefetch_steps, "loader": loader})
-        config = settings.model_copy(update={"data": data})
         try:
-            end = live(life, config, self._path, self._kind, self._scene.pace, self._board)
+            end = live(life, _settings(self._scene.config, life), self._path, self._kind, self._scene.pace, self._board)
             progress = check_life(self._path, life, end, self._steps)
         except ChaosError as error:
             raise ChaosError(f"{name} of {self._path.name}, {life}: {error}") from error
@@ -111,3 +108,11 @@ class _Run:
             return check_run(self._path, self._scene, self._layouts)
         except ChaosError as error:
             raise ChaosError(f"{self._path.name}, after {self._num_lives} lives under {sorted(self._layouts)}: {error}") from error
+
+
+def _settings(config: RunConfig, life: Life) -> RunConfig:
+    """The life's own settings in place of the scene's."""
+    loader = config.data.loader.model_copy(update={"workers": life.workers})
+    transport = "collective" if life.fills_disk else config.data.transport
+    data = config.data.model_copy(update={"prefetch_steps": life.prefetch_steps, "loader": loader, "transport": transport})
+    return config.model_copy(update={"data": data})

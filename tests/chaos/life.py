@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_keye.config.schema import RunConfig
+from megatron_keye.errors import KeyeError
 from megatron_keye.parallel.launch import WorkerError
 from megatron_keye.train.layouts import parse_layout
 from tests.chaos.board import Board
@@ -114,7 +115,7 @@ def _launch(sending, layout: str, config: RunConfig, path: Path, board: Board, k
     try:
         on_ranks(layout, config, train_watched, path, board, kind, timeout_s=LIFE_LIMIT_S)
         sending.send(None)
-    except WorkerError as error:
+    except (WorkerError, KeyeError) as error:
         sending.send(str(error))
     os._exit(0)
 

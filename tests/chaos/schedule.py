@@ -61,6 +61,11 @@ class Life:
     span_steps: int = 4
     disturbances: tuple[Disturbance, ...] = ()
 
+    @property
+    def fills_disk(self) -> bool:
+        """What stands for a full disk bounds memory files too, so that such a life can have neither workers nor shared memory."""
+        return any(disturbance.kind == "fill_disk" for disturbance in self.disturbances)
+
 
 def schedule(seed: int, num_lives: int, layouts: Sequence[str] = LAYOUTS) -> tuple[Life, ...]:
     """`num_lives` lives with a fatal end each. A longer schedule of a seed begins with the shorter ones."""
@@ -68,9 +73,9 @@ def schedule(seed: int, num_lives: int, layouts: Sequence[str] = LAYOUTS) -> tup
 
 
 def _draw_life(rng: random.Random, layouts: Sequence[str]) -> Life:
-    # Worker processes start from nothing, which takes longer than all the rest of a life.
-    workers = rng.choice((1, 2)) if rng.random() < 0.2 else 0
     end: Kind = rng.choices(list(FATAL), weights=list(FATAL.values()))[0]
+    # Worker processes start from nothing, which takes longer than all the rest of a life.
+    workers = rng.choice((1, 2)) if rng.random() < 0.2 and end != "fill_disk" else 0
     disturbances = (_draw(rng, end),)
     if workers or rng.random() < 0.3:
         kind: Kind = rng.choice(HARMLESS) if workers else "pause_rank"

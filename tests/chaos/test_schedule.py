@@ -1,10 +1,11 @@
-"""The schedule is a function of its seed, and what it draws can be carried out."""
+"""The schedule is a function of its seed, and what it draws can be carried out; and the command line."""
 
 from collections import Counter
 
 import pytest
 
 from megatron_keye.train.layouts import parse_layout
+from tests.chaos.__main__ import main
 from tests.chaos.board import MAX_RANKS
 from tests.chaos.schedule import AIMED, FATAL, HARMLESS, LAYOUTS, schedule
 
@@ -29,6 +30,12 @@ def test_workers_are_disturbed_only_where_there_are_some():
         assert life.workers or not any(disturbance.kind.endswith("worker") for disturbance in life.disturbances)
 
 
+def test_a_life_that_fills_the_disk_has_no_workers():
+    filling = [life for life in LIVES if life.fills_disk]
+    assert filling
+    assert not any(life.workers for life in filling)
+
+
 def test_moments_are_uniform_over_the_life_or_lie_in_a_phase():
     moments = [disturbance.moment for life in LIVES for disturbance in life.disturbances]
     tenths = Counter(int(10 * moment.fraction) for moment in moments if moment.phase is None)
@@ -47,3 +54,18 @@ def test_every_layout_is_drawn_and_has_a_place_on_the_board(layout):
 
 def test_layouts_can_be_narrowed():
     assert {life.layout for life in schedule(0, 30, ["dp2"])} == {"dp2"}
+
+
+def test_the_command_teaches(capsys):
+    with pytest.raises(SystemExit) as end:
+        main(["--help"])
+    assert end.value.code == 0
+    assert "python -m tests.chaos --fault frontier" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("name", "words"), [("two", "Layout 'two': cannot read 'two'"), ("dp16", "dp16 has 16 ranks, expected at most 8")])
+def test_a_layout_that_cannot_run_is_refused(capsys, name, words):
+    with pytest.raises(SystemExit) as end:
+        main(["--layouts", name])
+    assert end.value.code == 2
+    assert words in capsys.readouterr().err
