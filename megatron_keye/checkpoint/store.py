@@ -12,7 +12,8 @@ nor helper, and every tool can read them.
 
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 from torch.distributed import ProcessGroup
@@ -27,27 +28,64 @@ _VISIBLE = re.compile(r"step_(\d{8,})(?:_(\d+))?")
 _HIDDEN = re.compile(r"\.step_\d{8,}(?:_\d+)?\.(?:incomplete|removed)")
 
 
-def save_checkpoint(folder: Path, state: TrainingState, run: RunRecord, identity: Identity, keep: int) -> Path:
-    """Save `state` as a new checkpoint in `folder`, then remove older ones until `keep` (at least 1) remain. All ranks must call it.
+@dataclass(frozen=True)
+class Keep:
+    """Which checkpoints stay when a new one is there."""
+
+    newest: int
+    """So many, the new one included; at least 1."""
+    every_steps: int = 0
+    """Those of steps that are multiples of it stay for good; 0 is none."""
+
+    def superseded(self, older_steps: list[int]) -> list[int]:
+        """Of checkpoints older than the new one, in ascending order, the numbers (from 0) of those to remove."""
+        surplus = max(0, len(older_steps) + 1 - self.newest)
+        return [number for number, step in enumerate(older_steps[:surplus]) if not self.every_steps or step % self.every_steps]
+
+
+def save_checkpoint(folder: Path, state: TrainingState, run: RunRecord, identity: Identity, keep: Keep) -> Path:
+    """Save `state` as a new checkpoint in `folder`, then remove those that `keep` does not keep. All ranks must call it.
 
     Returns the checkpoint's folder. A step that was saved before is saved again beside it, as `step_00000123_1`, and
     replaces it. Later steps, which a run leaves behind when it goes back, stay until it reaches them again. Host memory used
     beyond the state itself: two chunks of 8 MiB.
     Raises CheckpointError on all ranks, leaving earlier checkpoints as they were, when any rank could not save.
     """
-    world = state.world
-    incomplete = on_first_rank(world, lambda: _start(folder, run.step))
-    try:
-        written = together(world, lambda: _write_parts(incomplete, rank_of(world), list(saved_parts(state))))
-        ranks = gather(world, written)
-        return on_first_rank(world, lambda: _commit(incomplete, merge(run, identity, ranks), keep))
-    except CheckpointError as error:
-        if rank_of(world) == 0:
-            shutil.rmtree(incomplete, ignore_errors=True)
-        raise CheckpointError(
-            f"Step {run.step} could not be saved in {folder}; earlier checkpoints there are untouched. "
-            f"Make room or repair the folder, and resume.\n{error}"
-        ) from error
+    unfinished = UnfinishedCheckpoint(folder, run, identity, keep, state.world)
+    return unfinished.commit(lambda: unfinished.write(list(saved_parts(state))))
+
+
+Written = tuple[FileRecord, list[PartRecord]]
+
+
+class UnfinishedCheckpoint:
+    """A checkpoint that has no name yet. All ranks of `world` make one together."""
+
+    def __init__(self, folder: Path, run: RunRecord, identity: Identity, keep: Keep, world: ProcessGroup | None):
+        """Raises CheckpointError on all ranks where `folder` cannot be written to."""
+        self._run, self._identity, self._keep, self._world = run, identity, keep, world
+        self._incomplete = on_first_rank(world, lambda: _start(folder, run.step))
+
+    def write(self, parts: list[SavedPart]) -> Written:
+        """Write this rank's file. No collective: any thread may call it."""
+        return _write_parts(self._incomplete, rank_of(self._world), parts)
+
+    def commit(self, written: Callable[[], Written]) -> Path:
+        """Give the checkpoint its name, and return its folder. All ranks must call it.
+
+        `written` gives what `write` returned on this rank, or raises as it did; then CheckpointError is raised on all ranks, and earlier
+        checkpoints stay as they were.
+        """
+        try:
+            ranks = gather(self._world, together(self._world, written))
+            return on_first_rank(self._world, lambda: _commit(self._incomplete, merge(self._run, self._identity, ranks), self._keep))
+        except CheckpointError as error:
+            if rank_of(self._world) == 0:
+                shutil.rmtree(self._incomplete, ignore_errors=True)
+            raise CheckpointError(
+                f"Step {self._run.step} could not be saved in {self._incomplete.parent}; earlier checkpoints there are untouched. "
+                f"Make room or repair the folder, and resume.\n{error}"
+            ) from error
 
 
 def checkpoints(folder: Path) -> list[Path]:
@@ -104,7 +142,7 @@ def _start(folder: Path, step: int) -> Path:
     return incomplete
 
 
-def _write_parts(folder: Path, rank: int, parts: list[SavedPart]) -> tuple[FileRecord, list[PartRecord]]:
+def _write_parts(folder: Path, rank: int, parts: list[SavedPart]) -> Written:
     tensors = [(part_key(part.kind, part.name, part.rectangle), part.data) for part in parts]
     file = write_tensors(folder / f"rank_{rank:05d}.safetensors", tensors)
     return file, [
@@ -113,7 +151,7 @@ def _write_parts(folder: Path, rank: int, parts: list[SavedPart]) -> tuple[FileR
     ]
 
 
-def _commit(incomplete: Path, manifest: Manifest, keep: int) -> Path:
+def _commit(incomplete: Path, manifest: Manifest, keep: Keep) -> Path:
     write_text(incomplete / MANIFEST, manifest.to_json())
     flush_folder(incomplete)
     folder = incomplete.parent
@@ -123,7 +161,7 @@ def _commit(incomplete: Path, manifest: Manifest, keep: int) -> Path:
     incomplete.rename(committed)
     flush_folder(folder)
     older = [path for path in checkpoints(folder) if _place(path)[0] < manifest.run.step]
-    for path in (*same_step, *older[: max(0, len(older) + 1 - keep)]):
+    for path in (*same_step, *(older[number] for number in keep.superseded([_place(path)[0] for path in older]))):
         _remove(path)
     return committed
 

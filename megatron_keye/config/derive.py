@@ -222,5 +222,10 @@ def _check_training(config: RunConfig) -> Iterator[str]:
             f"train.export_hf_every_steps = {train.export_hf_every_steps} is not a multiple of train.save_every_steps = "
             f"{train.save_every_steps}: exports are made of checkpoints; change one of them"
         )
+    if train.keep_every_steps % train.save_every_steps:
+        yield (
+            f"train.keep_every_steps = {train.keep_every_steps} is not a multiple of train.save_every_steps = {train.save_every_steps}: "
+            "no checkpoint of such steps would be there to keep; change one of them"
+        )
     if train.overlap_param_gather and not train.overlap_grad_reduce:
         yield "train.overlap_param_gather is on without train.overlap_grad_reduce: Megatron-core needs both together; turn both on or off"

@@ -13,6 +13,7 @@ Module = Literal["vision", "projector", "embedding", "decoder"]
 Positive = Annotated[int, Field(gt=0)]
 NonNegative = Annotated[int, Field(ge=0)]
 PositiveFloat = Annotated[float, Field(gt=0.0)]
+NonNegativeFloat = Annotated[float, Field(ge=0.0)]
 TransportName = Literal["auto", "collective", "shared_memory"]
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 
@@ -292,7 +293,14 @@ class TrainConfig(Section):
     precision: Literal["bf16", "fp32", "fp64"] = "bf16"
     """bf16 keeps float32 main weights and gradients; fp64 is for proofs on CPU."""
     save_every_steps: Positive = 100
+    save_every_s: NonNegativeFloat = 0.0
+    """A checkpoint is also saved when this long has passed since the last one; 0 goes by steps alone."""
+    async_save: bool = False
+    """Go on training while checkpoints are written, from a copy in host memory as large as a rank's part of the state."""
     keep_checkpoints: Positive = 2
+    """The newest ones."""
+    keep_every_steps: NonNegative = 0
+    """Checkpoints of steps that are multiples of it are kept for good; 0 keeps none of them."""
     export_hf_every_steps: NonNegative = 0
     """Steps between Hugging Face folders, made of checkpoints while training goes on, and at the end (RUN_DIR/hf/step_N); 0 makes none."""
     valid_every_steps: NonNegative = 0

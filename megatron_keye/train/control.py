@@ -19,6 +19,10 @@ LAUNCHED = "TORCHELASTIC_RUN_ID"
 class Requests:
     stop: bool
     save: bool
+    due: bool
+    """On some rank's clock, the time for a checkpoint has come."""
+    writing: bool
+    """Some rank still writes its part of the last one."""
 
 
 class Control:
@@ -42,14 +46,15 @@ class Control:
             # Whoever presses Ctrl-C again will not wait for a checkpoint.
             signal.signal(signal.SIGINT, signal.default_int_handler)
 
-    def poll(self) -> Requests:
-        """What any rank was asked for; a collective over the world, for step boundaries and long loops."""
+    def poll(self, due: bool = False, writing: bool = False) -> Requests:
+        """What any rank was asked for, and whether any says `due` or `writing`; a collective over the world, for step boundaries and
+        long loops."""
         stop, save = self._signalled or self._is_orphan(), False
         if self._groups.rank == 0:
             stop, save = stop or self._run_dir.is_asked("STOP"), self._run_dir.is_asked("SAVE")
-        flags = torch.tensor([int(stop), int(save)], device=self._device)
+        flags = torch.tensor([stop, save, due, writing], dtype=torch.int32, device=self._device)
         dist.all_reduce(flags, op=dist.ReduceOp.MAX, group=self._groups.world)
-        return Requests(stop=bool(flags[0]), save=bool(flags[1]))
+        return Requests(*map(bool, flags.tolist()))
 
     def _is_orphan(self) -> bool:
         return self._launcher is not None and os.getppid() != self._launcher

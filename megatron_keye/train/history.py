@@ -9,8 +9,10 @@ from pathlib import Path
 import torch
 
 import megatron_keye
+from megatron_keye.checkpoint.background import BackgroundSave
 from megatron_keye.checkpoint.load import Loaded
 from megatron_keye.checkpoint.manifest import RunRecord
+from megatron_keye.checkpoint.store import Keep
 from megatron_keye.config.load import dump_config
 from megatron_keye.config.schema import RunConfig
 from megatron_keye.plan.cursor import Cursor, ResumeState
@@ -38,6 +40,8 @@ class History:
         self.ledger: LedgerWriter | None = None
         self.counts = SourceCounts()
         self.notes: list[str] = []
+        self._being_saved: tuple[int, BackgroundSave] | None = None
+        """The step and the save of a checkpoint that is not there yet."""
         self._exports: LiveExport | None = None
         self._loaded_from: Path | None = None
 
@@ -64,8 +68,12 @@ class History:
             self._exports.resume(cursor.step, self._loaded_from)
 
     def commit(self, cursor: Cursor, step: TrainStep) -> None:
-        """Save the weights together with the cursor after them. All ranks must call it. Raises CheckpointError."""
-        world, device = self._runtime.groups.world, self._runtime.device
+        """Save the weights together with the cursor after them. All ranks must call it. Raises CheckpointError.
+
+        With `train.async_save`, this begins a save, once the one before it is finished, and `finish_save` ends it.
+        """
+        self.finish_save()
+        world, device, train = self._runtime.groups.world, self._runtime.device, self._config.train
         with failing_together(world, device):
             if self.ledger is not None:
                 self.ledger.flush()
@@ -74,16 +82,44 @@ class History:
         # The main rank's record is the one that is written.
         chain = CHAIN_START if self.ledger is None else self.ledger.chain
         record = RunRecord(cursor.step, state.to_json(), dump_config(self._config), chain, versions)
-        tokenizer, keep = self._inputs.tokenizer.fingerprint, self._config.train.keep_checkpoints
+        what = (self._run_dir.checkpoints, step.model, step.optimizer, record, self._inputs.tokenizer.fingerprint)
+        keep = Keep(train.keep_checkpoints, train.keep_every_steps)
         with said_once(world, device):
-            saved = checkpointing.save(self._run_dir.checkpoints, step.model, step.optimizer, record, tokenizer, keep)
-        if self._exports is not None:
-            self._exports.saved(cursor.step, saved)
+            if train.async_save:
+                self._being_saved = cursor.step, checkpointing.save_in_background(*what, keep)
+            else:
+                self._saved(cursor.step, checkpointing.save(*what, keep))
+
+    @property
+    def is_saving(self) -> bool:
+        """Whether a checkpoint was begun that is not there yet: the same on all ranks."""
+        return self._being_saved is not None
+
+    @property
+    def is_writing(self) -> bool:
+        """Whether this rank still writes its part of a checkpoint."""
+        return self._being_saved is not None and self._being_saved[1].is_writing
+
+    def finish_save(self) -> None:
+        """Commit the checkpoint that is being written, if there is one, when all ranks have written. All must call it.
+
+        Raises CheckpointError on all ranks where any could not write; earlier checkpoints are untouched.
+        """
+        if self._being_saved is None:
+            return
+        (step, saving), self._being_saved = self._being_saved, None
+        with said_once(self._runtime.groups.world, self._runtime.device):
+            path = saving.finish()
+        self._saved(step, path)
 
     def finish(self) -> None:
         """Wait for what is still being exported."""
         if self._exports is not None:
             self._exports.wait()
+
+    def _saved(self, step: int, path: Path) -> None:
+        if self._exports is not None:
+            self._exports.saved(step, path)
 
     def _go_on(self, loaded: Loaded) -> Cursor:
         self._loaded_from = loaded.path

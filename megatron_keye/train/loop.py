@@ -16,7 +16,7 @@ from megatron_keye.plan.mixture import Mixture
 from megatron_keye.train.build import build_model, build_optimizer
 from megatron_keye.train.calibration import costs_version, open_calibration, require_same_device, require_same_everywhere
 from megatron_keye.train.consensus import failing_together, said_once
-from megatron_keye.train.control import Control
+from megatron_keye.train.control import Control, Requests
 from megatron_keye.train.feed import Feed
 from megatron_keye.train.history import History
 from megatron_keye.train.initial_weights import drawing
@@ -52,6 +52,7 @@ class Training:
         self.step = TrainStep(self.model, build_optimizer(self.model))
         self.planner = Planner(config, runtime.groups.grid.dp, None if calibration is None else calibration.time_model)
         self.history = History(config, run_dir, runtime, self.inputs, costs_version(calibration))
+        self._saved_at_s = time.monotonic()
 
     def run(self) -> None:
         """Train to the last step, or to a request to stop. Raises KeyeError subclasses that carry the exit code."""
@@ -80,12 +81,8 @@ class Training:
         feed = self._feed(self.inputs.train, cursor, self.history.mixture)
         try:
             while True:
-                requests = self.control.poll()
-                due = cursor.step % settings.save_every_steps == 0 or cursor.step >= settings.steps
-                if (due or requests.save or requests.stop) and cursor.step > first_step:
-                    self._save(cursor)
-                if requests.save and self.runtime.is_main:
-                    self.run_dir.answer("SAVE")
+                requests = self.control.poll(self._is_save_overdue(), self.history.is_writing)
+                self._save_where_due(cursor, requests, first_step)
                 if cursor.step >= settings.steps:
                     return cursor, False
                 if requests.stop:
@@ -140,9 +137,33 @@ class Training:
             feed.close()
         self.recorder.validated(cursor.step, total / max(supervised, 1.0))
 
+    def _is_save_overdue(self) -> bool:
+        """By this rank's clock, for `train.save_every_s`."""
+        every_s = self.config.train.save_every_s
+        return every_s > 0 and time.monotonic() - self._saved_at_s >= every_s
+
+    def _save_where_due(self, cursor: Cursor, requests: Requests, first_step: int) -> None:
+        """Between steps: finish the save that was being written, begin the next. Who asked for one, or for the end, waits for it."""
+        if not requests.writing:
+            self._finish_save(cursor)
+        ends = requests.stop or cursor.step >= self.config.train.steps
+        due = requests.due or cursor.step % self.config.train.save_every_steps == 0
+        if (due or ends or requests.save) and cursor.step > first_step:
+            self._save(cursor)
+        if ends or requests.save:
+            self._finish_save(cursor)
+        if requests.save and self.runtime.is_main:
+            self.run_dir.answer("SAVE")
+
     def _save(self, cursor: Cursor) -> None:
         self._heartbeat(cursor, "save")
         self.history.commit(cursor, self.step)
+        self._saved_at_s = time.monotonic()
+
+    def _finish_save(self, cursor: Cursor) -> None:
+        if self.history.is_saving:
+            self._heartbeat(cursor, "save")
+            self.history.finish_save()
 
     def _finish(self, cursor: Cursor, stopped: bool) -> None:
         if not stopped:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from megatron_keye.checkpoint.load import load_checkpoint, load_weights
 from megatron_keye.checkpoint.manifest import RunRecord, read_manifest
 from megatron_keye.checkpoint.state import LocalParameter, TrainingState
-from megatron_keye.checkpoint.store import checkpoints, find_damage, save_checkpoint
+from megatron_keye.checkpoint.store import Keep, checkpoints, find_damage, save_checkpoint
 from megatron_keye.config.load import load_config
 from megatron_keye.config.schema import RunConfig
 from megatron_keye.errors import CheckpointError
@@ -96,7 +96,7 @@ class Run:
 
     def save(self, folder: Path, step: int) -> Path:
         record = RunRecord(step, f"cursor {step}", "settings", "ledger", {})
-        return checkpointing.save(folder, self.model, self.optimizer, record, TOKENIZER, keep=2)
+        return checkpointing.save(folder, self.model, self.optimizer, record, TOKENIZER, keep=Keep(2))
 
 
 def start_run(config: RunConfig, folder: Path | None) -> Outcome:
@@ -253,12 +253,12 @@ def fail_on_rank_1(folder: Path) -> tuple[str, float]:
     """Rank 1 cannot write; what rank 0 sees, and how soon."""
     state = frozen_state(1000)
     record = RunRecord(1, "", "", "", {})
-    save_checkpoint(folder, state, record, {}, keep=1)
+    save_checkpoint(folder, state, record, {}, keep=Keep(1))
     start = time.monotonic()
     disk_full = OSError(28, "No space left on device")
     broken = patch("megatron_keye.checkpoint.store.write_tensors", side_effect=disk_full) if dist.get_rank() else patch("time.ctime")
     with broken, pytest.raises(CheckpointError) as error:
-        save_checkpoint(folder, state, RunRecord(2, "", "", "", {}), {}, keep=1)
+        save_checkpoint(folder, state, RunRecord(2, "", "", "", {}), {}, keep=Keep(1))
     elapsed_s = time.monotonic() - start
     if dist.get_rank() == 1:
         broken = patch("megatron_keye.checkpoint.load.TensorFile", side_effect=OSError(5, "Input/output error"))
@@ -309,7 +309,7 @@ def measure_memory(folder: Path, shard_bytes: int) -> tuple[float, float]:
     expected = state.parameters[0].parameter.view(torch.int32).clone()
     before = private_bytes()
     with PeakMemory() as saving:
-        path = save_checkpoint(folder, state, RunRecord(1, "", "", "", {}), {}, keep=1)
+        path = save_checkpoint(folder, state, RunRecord(1, "", "", "", {}), {}, keep=Keep(1))
     state.parameters[0].parameter.zero_()
     with PeakMemory() as loading:
         load_checkpoint(path, state, {})

@@ -7,38 +7,15 @@ from unittest.mock import patch
 
 import pytest
 import torch
-from torch import nn
+from hypothesis import given
+from hypothesis import strategies as st
 
 from megatron_keye.checkpoint.load import load_checkpoint, load_latest, load_weights
-from megatron_keye.checkpoint.manifest import RunRecord
-from megatron_keye.checkpoint.state import LocalParameter, TrainingState
-from megatron_keye.checkpoint.store import checkpoints, find_damage, latest, latest_good, save_checkpoint
+from megatron_keye.checkpoint.state import TrainingState
+from megatron_keye.checkpoint.store import Keep, checkpoints, find_damage, latest, latest_good, save_checkpoint
 from megatron_keye.errors import CheckpointError
 from megatron_keye.model.names import encoder_pieces
-
-IDENTITY = {"variant": "keye_vl_1_5", "decoder.num_layers": 4, "tokenizer": "abc"}
-RESUME = '{"step": 7, "text": "ü\\n"}'
-
-
-def run_record(step: int) -> RunRecord:
-    return RunRecord(step=step, resume_state=RESUME, settings="a: 1\n", ledger="00ff", versions={"torch": "2"})
-
-
-def make_state(seed: int) -> TrainingState:
-    generator = torch.Generator().manual_seed(seed)
-    parameters = {
-        "visual.a.weight": nn.Parameter(torch.randn(5, 3, 2, generator=generator), requires_grad=False),
-        "mlp_AR.norm.bias": nn.Parameter(torch.randn(9, generator=generator).bfloat16(), requires_grad=False),
-    }
-    local = [
-        LocalParameter(p, tuple(encoder_pieces({name: torch.empty(p.shape, device="meta")})), 0, 1, saves_whole=True)
-        for name, p in parameters.items()
-    ]
-    return TrainingState(tuple(local), (), (), None)
-
-
-def values(state: TrainingState) -> list[torch.Tensor]:
-    return [local.parameter.detach().clone() for local in state.parameters]
+from tests.unit.checkpoint.states import IDENTITY, all_equal, make_state, names, run_record, values
 
 
 @pytest.fixture
@@ -51,16 +28,8 @@ def other_state() -> TrainingState:
     return make_state(seed=2)
 
 
-def names(folder):
-    return sorted(path.name for path in folder.iterdir())
-
-
-def all_equal(first, second):
-    return all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
-
-
 def test_what_is_loaded_is_what_was_saved(tmp_path, state, other_state):
-    path = save_checkpoint(tmp_path / "run", state, run_record(7), IDENTITY, keep=2)
+    path = save_checkpoint(tmp_path / "run", state, run_record(7), IDENTITY, keep=Keep(2))
     assert path == tmp_path / "run" / "step_00000007"
     assert not all_equal(values(state), values(other_state))
     loaded = load_checkpoint(path, other_state, IDENTITY)
@@ -69,7 +38,7 @@ def test_what_is_loaded_is_what_was_saved(tmp_path, state, other_state):
 
 
 def test_weights_alone(tmp_path, state):
-    path = save_checkpoint(tmp_path, state, run_record(7), IDENTITY, keep=1)
+    path = save_checkpoint(tmp_path, state, run_record(7), IDENTITY, keep=Keep(1))
     a, b = torch.zeros(5, 3, 2, dtype=torch.float64), torch.zeros(9)
     assert load_weights(path, encoder_pieces({"visual.a.weight": a, "mlp_AR.norm.bias": b})) == run_record(7)
     assert all_equal([a.float(), b.bfloat16()], values(state))
@@ -77,16 +46,16 @@ def test_weights_alone(tmp_path, state):
 
 def test_only_the_newest_are_kept(tmp_path, state):
     for step in (1, 2, 30, 100000000):
-        save_checkpoint(tmp_path, state, run_record(step), IDENTITY, keep=2)
+        save_checkpoint(tmp_path, state, run_record(step), IDENTITY, keep=Keep(2))
     assert names(tmp_path) == ["step_00000030", "step_100000000"]
     assert latest(tmp_path).name == "step_100000000"
 
 
 def test_saving_a_step_again_replaces_it(tmp_path, state, other_state):
-    save_checkpoint(tmp_path, state, run_record(6), IDENTITY, keep=2)
-    save_checkpoint(tmp_path, state, run_record(7), IDENTITY, keep=2)
-    save_checkpoint(tmp_path, state, run_record(7), IDENTITY, keep=2)
-    path = save_checkpoint(tmp_path, other_state, run_record(7), IDENTITY, keep=2)
+    save_checkpoint(tmp_path, state, run_record(6), IDENTITY, keep=Keep(2))
+    save_checkpoint(tmp_path, state, run_record(7), IDENTITY, keep=Keep(2))
+    save_checkpoint(tmp_path, state, run_record(7), IDENTITY, keep=Keep(2))
+    path = save_checkpoint(tmp_path, other_state, run_record(7), IDENTITY, keep=Keep(2))
     assert names(tmp_path) == ["step_00000006", "step_00000007_2"]
     load_checkpoint(path, state, IDENTITY)
     assert all_equal(values(state), values(other_state))
@@ -94,23 +63,23 @@ def test_saving_a_step_again_replaces_it(tmp_path, state, other_state):
 
 def test_going_back_never_costs_the_new_checkpoint(tmp_path, state):
     for step in (100, 200):
-        save_checkpoint(tmp_path, state, run_record(step), IDENTITY, keep=2)
+        save_checkpoint(tmp_path, state, run_record(step), IDENTITY, keep=Keep(2))
     flip_a_byte(tmp_path / "step_00000200")
-    save_checkpoint(tmp_path, state, run_record(150), IDENTITY, keep=1)
+    save_checkpoint(tmp_path, state, run_record(150), IDENTITY, keep=Keep(1))
     assert names(tmp_path) == ["step_00000150", "step_00000200"]
     assert latest_good(tmp_path)[0].name == "step_00000150"
-    save_checkpoint(tmp_path, state, run_record(200), IDENTITY, keep=1)
+    save_checkpoint(tmp_path, state, run_record(200), IDENTITY, keep=Keep(1))
     assert names(tmp_path) == ["step_00000200_1"]
 
 
 @pytest.mark.parametrize("place", ["write_tensors", "write_text", "merge", "flush_folder"])
 def test_a_save_that_fails_leaves_the_old_checkpoint_alone(tmp_path, state, place):
-    save_checkpoint(tmp_path, state, run_record(1), IDENTITY, keep=1)
+    save_checkpoint(tmp_path, state, run_record(1), IDENTITY, keep=Keep(1))
     with (
         patch(f"megatron_keye.checkpoint.store.{place}", side_effect=OSError(28, "No space left on device")),
         pytest.raises(CheckpointError, match="No space left"),
     ):
-        save_checkpoint(tmp_path, state, run_record(2), IDENTITY, keep=1)
+        save_checkpoint(tmp_path, state, run_record(2), IDENTITY, keep=Keep(1))
     assert names(tmp_path) == ["step_00000001"]
     assert find_damage(tmp_path / "step_00000001") == []
 
@@ -122,13 +91,13 @@ def test_a_crash_during_a_save_leaves_a_good_checkpoint(tmp_path, state, place):
     class Crash(BaseException):
         pass
 
-    save_checkpoint(tmp_path, state, run_record(1), IDENTITY, keep=1)
+    save_checkpoint(tmp_path, state, run_record(1), IDENTITY, keep=Keep(1))
     with patch(f"megatron_keye.checkpoint.store.{place}", side_effect=Crash), pytest.raises(Crash):
-        save_checkpoint(tmp_path, state, run_record(2), IDENTITY, keep=1)
+        save_checkpoint(tmp_path, state, run_record(2), IDENTITY, keep=Keep(1))
     for path in checkpoints(tmp_path):
         assert find_damage(path) == []
     assert latest_good(tmp_path)[0] is not None
-    save_checkpoint(tmp_path, state, run_record(3), IDENTITY, keep=1)
+    save_checkpoint(tmp_path, state, run_record(3), IDENTITY, keep=Keep(1))
     assert names(tmp_path) == ["step_00000003"], "what the crash left behind is removed"
 
 
@@ -138,7 +107,7 @@ def test_a_file_that_may_not_grow_is_an_error_and_not_a_checkpoint(tmp_path, sta
     resource.setrlimit(resource.RLIMIT_FSIZE, (64, hard))
     try:
         with pytest.raises(CheckpointError, match="File too large"):
-            save_checkpoint(tmp_path, state, run_record(2), IDENTITY, keep=1)
+            save_checkpoint(tmp_path, state, run_record(2), IDENTITY, keep=Keep(1))
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
         signal.signal(signal.SIGXFSZ, handler)
@@ -163,7 +132,7 @@ DAMAGE = {
 @pytest.mark.parametrize("damage", DAMAGE.values(), ids=DAMAGE)
 def test_a_damaged_checkpoint_is_named_and_passed_over(tmp_path, state, damage):
     for step in (1, 2):
-        save_checkpoint(tmp_path, state, run_record(step), IDENTITY, keep=2)
+        save_checkpoint(tmp_path, state, run_record(step), IDENTITY, keep=Keep(2))
     damage(tmp_path / "step_00000002")
     target = make_state(seed=3)
     before = values(target)
@@ -179,6 +148,21 @@ def test_a_damaged_checkpoint_is_named_and_passed_over(tmp_path, state, damage):
         load_latest(tmp_path, target, IDENTITY)
 
 
+def test_checkpoints_of_some_steps_are_kept_for_good(tmp_path, state):
+    for step in range(1, 9):
+        save_checkpoint(tmp_path, state, run_record(step), IDENTITY, Keep(2, every_steps=3))
+    assert [path.name[-1] for path in checkpoints(tmp_path)] == ["3", "6", "7", "8"]
+
+
+@given(st.sets(st.integers(1, 60)), st.integers(1, 5), st.integers(0, 7))
+def test_the_newest_and_the_multiples_stay(steps, newest, every_steps):
+    *older, latest_step = sorted(steps | {61})
+    removed = {older[number] for number in Keep(newest, every_steps).superseded(older)}
+    wanted = {*older, latest_step} - removed
+    multiples = {step for step in older if every_steps and step % every_steps == 0}
+    assert wanted == set(sorted({*older, latest_step})[-newest:]) | multiples
+
+
 def test_nothing_to_resume_from(tmp_path, state):
     assert load_latest(tmp_path / "absent", state, IDENTITY) is None
     assert latest(tmp_path) is None
@@ -187,7 +171,7 @@ def test_nothing_to_resume_from(tmp_path, state):
 
 
 def test_another_model_is_refused_with_every_difference(tmp_path, state):
-    path = save_checkpoint(tmp_path, state, run_record(1), IDENTITY, keep=1)
+    path = save_checkpoint(tmp_path, state, run_record(1), IDENTITY, keep=Keep(1))
     target = make_state(seed=3)
     before = values(target)
     with pytest.raises(CheckpointError) as error:
@@ -198,7 +182,7 @@ def test_another_model_is_refused_with_every_difference(tmp_path, state):
 
 
 def test_tensors_of_other_names_and_shapes_are_refused(tmp_path, state):
-    path = save_checkpoint(tmp_path, state, run_record(1), IDENTITY, keep=1)
+    path = save_checkpoint(tmp_path, state, run_record(1), IDENTITY, keep=Keep(1))
     with pytest.raises(CheckpointError) as error:
         load_weights(path, encoder_pieces({"visual.b": torch.zeros(2), "visual.a.weight": torch.zeros(5, 6)}))
     assert "visual.b is not in the checkpoint" in str(error.value)
@@ -206,7 +190,7 @@ def test_tensors_of_other_names_and_shapes_are_refused(tmp_path, state):
 
 
 def test_a_copied_checkpoint_is_as_good(tmp_path, state, other_state):
-    path = save_checkpoint(tmp_path, state, run_record(1), IDENTITY, keep=1)
+    path = save_checkpoint(tmp_path, state, run_record(1), IDENTITY, keep=Keep(1))
     shutil.copytree(path, tmp_path / "elsewhere")
     load_checkpoint(tmp_path / "elsewhere", other_state, IDENTITY)
     assert all_equal(values(state), values(other_state))

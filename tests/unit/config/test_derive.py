@@ -59,6 +59,7 @@ PROBLEMS = [
     (["data.valid=null"], 1, "name a held-out set"),
     (["train.overlap_param_gather=true"], 1, "needs both together"),
     (["train.export_hf_every_steps=300"], 1, "is not a multiple of train.save_every_steps = 250"),
+    (["train.keep_every_steps=300"], 1, "no checkpoint of such steps would be there to keep"),
     (["optimizer.lr=0"], 1, "optimizer.lr is 0.0: expected a number > 0"),
     (["optimizer.lr=.nan"], 1, "optimizer.lr is nan: expected a finite number"),
     (["optimizer.clip_norm=.inf"], 1, "optimizer.clip_norm is inf: expected a finite number"),

@@ -5,6 +5,7 @@ from pathlib import Path
 import yaml
 
 from megatron_keye.checkpoint.manifest import RunRecord
+from megatron_keye.checkpoint.store import Keep
 from megatron_keye.config.load import dump_config, load_config
 from megatron_keye.data.tokenizer import load_tokenizer
 from megatron_keye.train.checkpointing import save
@@ -40,4 +41,4 @@ def save_run(path: Path, tokenizer_folder: Path, variant: str) -> Path:
 def _save(run, config, fingerprint):
     weights = tensors_of(config.model)
     model = build_filled(config, lambda pieces: [piece.write(weights[piece.name]) for piece in pieces])
-    return save(run.checkpoints, model, None, RunRecord(STEP, "{}", dump_config(config), "", {}), fingerprint, keep=1)
+    return save(run.checkpoints, model, None, RunRecord(STEP, "{}", dump_config(config), "", {}), fingerprint, keep=Keep(1))
