@@ -7,7 +7,7 @@
 """
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Annotated
 
@@ -122,6 +122,11 @@ class MixedDataset:
     def record_crc32(self, sample: int) -> int:
         part, number = self._at(sample)
         return part.record_crc32(number)
+
+    def records(self, number: int) -> Iterator[tuple[str, int]]:
+        """Id and CRC-32 of the record of every sample of one set, in order."""
+        part = self._parts[number]
+        return ((part.sample_id(sample), part.record_crc32(sample)) for sample in range(len(part)))
 
     def tokens(self, sample: int) -> TokenizedSample:
         part, number = self._at(sample)

@@ -2,6 +2,7 @@
 
 import json
 import re
+from collections.abc import Sequence
 from dataclasses import astuple, dataclass, replace
 
 from megatron_keye.errors import CheckpointError, PlanError
@@ -9,6 +10,7 @@ from megatron_keye.plan.cost import CostModel
 from megatron_keye.plan.digest import LEDGER_START
 from megatron_keye.plan.lookahead import Lookahead
 from megatron_keye.plan.mixture import Mixture, Source, Stage, continued
+from megatron_keye.plan.remap import NO_REMAP, Remap
 from megatron_keye.plan.windows import Progress, Stretch
 
 PLAN_VERSION = 2
@@ -49,7 +51,7 @@ class ResumeState:
             "ledger": self.cursor.ledger.hex(),
             "seed": self.mixture.seed,
             "blocks_per_window": self.mixture.blocks_per_window,
-            "sources": [list(astuple(source)) for source in self.mixture.sources],
+            "sources": [_source_numbers(source) for source in self.mixture.sources],
             "stages": [list(astuple(stage)) for stage in self.mixture.stages],
             "plan_version": self.plan_version,
         }
@@ -94,6 +96,15 @@ class ResumeState:
             )
         return replace(self, mixture=mixture.since(progress.base))
 
+    def remapped(self, sources: Sequence[Source]) -> "ResumeState":
+        """The state from which a run with these `sources`, whose data changed, goes on; see `Mixture.remapped`."""
+        progress = self.cursor.progress
+        return replace(
+            self,
+            cursor=replace(self.cursor, stretches=()),
+            mixture=self.mixture.remapped(sources, progress.position, progress.frontier),
+        )
+
 
 _FIELD_TYPES = {
     "step": int,
@@ -110,6 +121,19 @@ _OPTIONAL = {"stretches"}
 
 
 _REMEDY = "The checkpoint is damaged or was not written by this program; use an earlier one."
+
+
+def _source_numbers(source: Source) -> list:
+    *numbers, remap = astuple(source)
+    return numbers if source.remap == NO_REMAP else [*numbers, remap]
+
+
+def _source(numbers: list) -> Source:
+    """The inverse of `_source_numbers`. Raises TypeError or ValueError for anything else."""
+    if len(numbers) == 4:
+        return Source(*numbers)
+    *own, (sha256, first_epoch, counts) = numbers
+    return Source(*own, Remap(sha256, first_epoch, tuple(counts)))
 
 
 def _stretch_numbers(stretch: Stretch) -> list:
@@ -134,7 +158,7 @@ def _stretch(numbers: list) -> Stretch:
 def _mixture(fields: dict) -> Mixture:
     """Raises CheckpointError where sources or stages are not what `to_json` writes."""
     try:
-        sources = tuple(Source(*source) for source in fields["sources"])
+        sources = tuple(map(_source, fields["sources"]))
         stages = tuple(Stage(position, tuple(weights), tuple(starts)) for position, weights, starts in fields["stages"])
         counts = [n for source in sources for n in (source.num_samples, source.block_samples)]
         counts += [n for stage in stages for n in (stage.position, *stage.weights, *stage.starts)]
@@ -144,7 +168,7 @@ def _mixture(fields: dict) -> Mixture:
         if not sources or any(len(stage.weights) > len(sources) for stage in stages):
             raise ValueError(f"expected weights of {len(sources)} sources at most, and one at least")
         mixture = Mixture(fields["seed"], fields["blocks_per_window"], sources, stages)
-        mixture.order()
+        replace(mixture, sources=tuple(replace(source, remap=NO_REMAP) for source in sources)).order()
     except (TypeError, ValueError, PlanError) as error:
         raise CheckpointError(f"The resume state's sources or stages are damaged ({error}). {_REMEDY}") from error
     return mixture

@@ -1,6 +1,7 @@
 """Proving from ledgers and checkpoints alone that a run took every position of its order exactly once, and finding where two runs
 differ. Lines stream through; what is kept are the positions of open lookahead windows."""
 
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import chain, takewhile, zip_longest
@@ -10,7 +11,8 @@ import numpy as np
 from megatron_keye.errors import LedgerError, PlanError
 from megatron_keye.plan.digest import LEDGER_START, ledger_digest
 from megatron_keye.plan.ledger import CHAIN_START, Line, Rules, SegmentLine, StepLine, chained
-from megatron_keye.plan.mixture import Mixture, continued
+from megatron_keye.plan.mixture import Mixture, Source, Standing, continued
+from megatron_keye.plan.remap import Due, nothing_due
 from megatron_keye.plan.windows import Progress
 
 
@@ -26,11 +28,12 @@ class SavedPoint:
 
 @dataclass(frozen=True, slots=True)
 class RunFiles:
-    """The ledger and checkpoints of one run directory."""
+    """The ledger and checkpoints of one run directory, and what was due where data changed."""
 
     name: str
     lines: Iterable[Line]
     saved: Sequence[SavedPoint]
+    due: Due = nothing_due
 
 
 @dataclass(slots=True)
@@ -71,6 +74,8 @@ class Proof:
         self.digest, self.chain = LEDGER_START.hex(), CHAIN_START
         self._rules: Rules | None = None
         self._progress = Progress()
+        self._used: Counter[tuple[int, int]] = Counter()
+        """Samples used, by source and epoch."""
 
     @property
     def num_samples(self) -> int:
@@ -81,12 +86,23 @@ class Proof:
         """What lookahead windows in progress have left for later steps."""
         return self.taken.missing(self._progress.frontier)
 
-    def take(self, line: Line) -> None:
+    @property
+    def rules(self) -> Rules:
+        """Those of the last segment."""
+        if self._rules is None:
+            raise LedgerError("no segment line stands before it, expected one first")
+        return self._rules
+
+    def standings(self) -> list[Standing]:
+        """How far each source has come."""
+        return self.rules.mixture.standings(self._order, self._progress.frontier, self.open_positions)
+
+    def take(self, line: Line, due: Due = nothing_due) -> None:
         """Raises LedgerError, with the first thing that is wrong with the line."""
         if line.step != self.steps:
             raise LedgerError(f"it is about step {line.step}, expected step {self.steps}: lines are missing, repeated or out of order")
         if isinstance(line, SegmentLine):
-            self._take_segment(line)
+            self._take_segment(line, due)
         else:
             self._take_step(line)
         expected = chained(line, self.chain).chain
@@ -104,7 +120,7 @@ class Proof:
                 )
         self.agreeing.append(saved)
 
-    def _take_segment(self, line: SegmentLine) -> None:
+    def _take_segment(self, line: SegmentLine, due: Due) -> None:
         found, expected = (line.position, line.digest, line.after), (self.num_samples, self.digest, self.chain)
         for name, value, wanted in zip(("position", "digest", "after"), found, expected, strict=True):
             if value != wanted:
@@ -112,27 +128,64 @@ class Proof:
         if self._rules is not None:
             self._check_mixture(self._rules.mixture, line.rules.mixture)
         self._rules = line.rules
-        self._order = line.rules.mixture.order()
+        try:
+            self._order = line.rules.mixture.order(due)
+        except PlanError as error:
+            raise LedgerError(f"its mixture gives no order: {error}") from error
         self.segments += 1
 
     def _check_mixture(self, before: Mixture, now: Mixture) -> None:
         """Positions mean what they did, and each source goes on in its own order from the place that it had reached."""
+        renewed = self._remapped(before, now.sources[: len(before.sources)])
         wanted = replace(now, stages=now.stages[-1:])
         try:
-            expected = continued(before, wanted, self._progress.frontier).since(self._progress.base)
+            expected = continued(renewed, wanted, self._progress.frontier).since(self._progress.base)
         except PlanError as error:
             raise LedgerError(f"its mixture does not go on with the one before: {error}") from error
         if now != expected:
             raise LedgerError(f"the stages of its mixture are {now.stages}, those of the one before give {expected.stages}")
 
+    def _remapped(self, before: Mixture, sources: tuple[Source, ...]) -> Mixture:
+        """The mixture before, but with `sources` where data changed; windows in progress are then given up."""
+        same_names = [source.name for source in sources] == [source.name for source in before.sources]
+        same_data = all((a.fingerprint, a.remap) == (b.fingerprint, b.remap) for a, b in zip(before.sources, sources, strict=False))
+        if same_data or not same_names:
+            return before
+        for number, (was, source, standing) in enumerate(zip(before.sources, sources, self.standings(), strict=True)):
+            self._check_remap(number, was, source, standing)
+        renewed = before.remapped(sources, self._progress.position, self._progress.frontier)
+        self._progress = Progress(self._progress.position)
+        self.taken = TakenPositions(self._progress.position)
+        return renewed
+
+    def _check_remap(self, number: int, before: Source, source: Source, standing: Standing) -> None:
+        """All that an epoch in progress has not used is due: none is left out but as many as were used."""
+        if source == before:
+            if standing.is_open:
+                raise LedgerError(f"data changed while a window had samples of source {before.name} left, and they are not made due again")
+            return
+        epochs, remap = standing.epochs_in_progress(before), source.remap
+        if (remap.first_epoch, remap.end_epoch) != (epochs.start, epochs.stop):
+            raise LedgerError(
+                f"its mixture does not go on with the one before: source {source.name} has fingerprint {source.fingerprint:.12}, but had "
+                f"{before.fingerprint:.12}; its new order begins with what is due from epoch {remap.first_epoch} on and is whole from "
+                f"{remap.end_epoch} on, expected {epochs.start} and {epochs.stop}"
+            )
+        for epoch, count in zip(epochs, remap.counts, strict=True):
+            left_out, used = source.num_samples - count, self._used[number, epoch]
+            if not 0 <= left_out <= used:
+                raise LedgerError(
+                    f"{count} of {source.num_samples} samples of source {source.name} are due in epoch {epoch}, and it has used {used}"
+                )
+
     def _take_step(self, line: StepLine) -> None:
-        if self._rules is None:
-            raise LedgerError("no segment line stands before it, expected one first")
-        self._check_slots(line, self._rules)
-        self._check_positions(line, self._rules)
+        self._check_slots(line, self.rules)
+        self._check_positions(line, self.rules)
         positions = np.array(line.slot_positions, np.int64)
         _check_equal("samples", line.samples, self._order(positions).tolist(), "the order gives")
-        _check_equal("epochs", line.slot_epochs, self._rules.mixture.epochs(self._order, positions).tolist(), "its positions give")
+        sources, epochs = (numbers.tolist() for numbers in self.rules.mixture.sources_and_epochs(self._order, positions))
+        _check_equal("epochs", line.slot_epochs, epochs, "its positions give")
+        self._used.update(zip(sources, epochs, strict=True))
         digest = ledger_digest(bytes.fromhex(self.digest), line.samples).hex()
         if line.digest != digest:
             raise LedgerError(f"its digest is {line.digest[:12]}..., its samples and the step before give {digest[:12]}...")
@@ -188,7 +241,7 @@ class _Part:
     """One run directory's part of a proof."""
 
     def __init__(self, run: RunFiles):
-        self._name, self._lines = run.name, iter(run.lines)
+        self._name, self._lines, self._due = run.name, iter(run.lines), run.due
         first = next(self._lines, None)
         if first is None:
             raise LedgerError(f"{run.name} has no whole line, expected a segment line and those of its steps")
@@ -204,7 +257,7 @@ class _Part:
         saved = self._compare(proof, saved)
         for number, line in enumerate(self._before(end_step), start=1):
             try:
-                proof.take(line)
+                proof.take(line, self._due)
             except LedgerError as error:
                 raise LedgerError(f"{self._name}, line {number}, step {line.step}: {error}") from error
             if isinstance(line, StepLine):

@@ -24,6 +24,7 @@ from megatron_keye.train.initial_weights import start_from
 from megatron_keye.train.inputs import Inputs
 from megatron_keye.train.ledger import LedgerWriter, rules_of
 from megatron_keye.train.live_export import LiveExport
+from megatron_keye.train.remaps import Remaps
 from megatron_keye.train.run_dir import RunDir
 from megatron_keye.train.runtime import Runtime
 from megatron_keye.train.step import TrainStep
@@ -31,12 +32,13 @@ from megatron_keye.train.step import TrainStep
 
 class History:
     """Of one run, on this rank. After `resume`, it has the `mixture` that the run goes on with, the main rank's `ledger` (None on other
-    ranks), the `counts` of what was taken from each source so far, and `notes` for people."""
+    ranks), the `counts` of what was taken from each source so far, and `notes` for people. `remaps` say what was due where data changed."""
 
     def __init__(self, config: RunConfig, run_dir: RunDir, runtime: Runtime, inputs: Inputs, costs: str):
         """`costs` is the version of the costs that placement goes by."""
         self._config, self._run_dir, self._runtime, self._inputs, self._costs = config, run_dir, runtime, inputs, costs
         self.mixture = inputs.train.mixture(config.data, config.train.seed)
+        self.remaps = Remaps(run_dir)
         self.ledger: LedgerWriter | None = None
         self.counts = SourceCounts()
         self.notes: list[str] = []
@@ -128,7 +130,7 @@ class History:
             self.notes.append(f"newly trained, with fresh optimizer state: {', '.join(loaded.fresh_moments)}")
         if loaded.run.versions.get(COSTS, FLOPS) != self._costs:
             self.notes.append("placement goes by other costs than before the checkpoint; the samples of each step stay the same")
-        state = ResumeState.from_json(loaded.run.resume_state).going_on(self.mixture)
+        state = self.remaps.applied(loaded.run.resume_state).going_on(self.mixture)
         self.mixture = state.mixture
         return state.cursor
 
@@ -136,7 +138,7 @@ class History:
         with failing_together(self._runtime.groups.world, self._runtime.device):
             if self._runtime.is_main:
                 rules = rules_of(self._config, self.mixture)
-                self.ledger = LedgerWriter(self._run_dir.ledger, self._inputs.train, rules, cursor, saved_chain)
+                self.ledger = LedgerWriter(self._run_dir.ledger, self._inputs.train, rules, cursor, saved_chain, self.remaps.due)
                 if self.ledger.continues_elsewhere:
                     self.notes.append(
                         f"no ledger of the first {cursor.step} steps is here: a new one begins, and `keye ledger verify` needs the run "

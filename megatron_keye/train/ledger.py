@@ -36,8 +36,10 @@ from megatron_keye.plan.ledger import (
 )
 from megatron_keye.plan.ledger_proof import RunFiles, SavedPoint
 from megatron_keye.plan.mixture import Mixture
+from megatron_keye.plan.remap import Due, nothing_due
 from megatron_keye.plan.types import StepPlan
 from megatron_keye.train.placement import plan_settings
+from megatron_keye.train.remaps import Remaps
 from megatron_keye.train.run_dir import RunDir, writing
 
 
@@ -64,14 +66,16 @@ class _Kept:
 class LedgerWriter:
     """Appends the steps of a run from `cursor` on. Only the main rank has one."""
 
-    def __init__(self, path: Path, dataset: StoredSamples, rules: Rules, cursor: Cursor, saved_chain: str):
+    def __init__(
+        self, path: Path, dataset: StoredSamples, rules: Rules, cursor: Cursor, saved_chain: str, due: Due = nothing_due
+    ):  # fmt: skip
         """Drops the lines of steps from `cursor` on, which will be taken again, and opens a segment where `rules` are new.
 
         `saved_chain` is that of the checkpoint which the run goes on from. Raises LedgerError, and changes nothing, where the file
         does not lead to that checkpoint; where there is no file, a new one goes on from it.
         """
         self._path, self._dataset, self._rules = path, dataset, rules
-        self._order = rules.mixture.order()
+        self._order = rules.mixture.order(due)
         kept = _lines_before(path, cursor.step)
         if cursor.step and kept.chain != saved_chain and path.exists() and path.stat().st_size:
             raise LedgerError(
@@ -165,7 +169,8 @@ def read_ledger(path: Path, on_bytes: Callable[[int], None] = lambda num_bytes: 
 def run_files(folder: Path, on_bytes: Callable[[int], None] = lambda num_bytes: None) -> RunFiles:
     """What a run directory has to prove with. Raises CheckpointError for a checkpoint whose manifest is damaged."""
     run = RunDir(folder)
-    return RunFiles(str(run.ledger), read_ledger(run.ledger, on_bytes), [_saved_point(path) for path in checkpoints(run.checkpoints)])
+    saved = [_saved_point(path) for path in checkpoints(run.checkpoints)]
+    return RunFiles(str(run.ledger), read_ledger(run.ledger, on_bytes), saved, Remaps(run).due)
 
 
 def _saved_point(path: Path) -> SavedPoint:

@@ -41,7 +41,8 @@ def _training_set(run_dir: Path, mixture: Mixture) -> MixedDataset:
     config = run_settings(RunDir(run_dir))
     tokenizer = load_tokenizer(config.data.tokenizer, config.model.variant)
     dataset = open_samples(config.data.train, tokenizer, config.model.variant, config.data)
-    if dataset.mixture(config.data, config.train.seed).sources[: len(mixture.sources)] != mixture.sources:
+    now = dataset.mixture(config.data, config.train.seed).sources[: len(mixture.sources)]
+    if [source.fingerprint for source in now] != [source.fingerprint for source in mixture.sources]:
         raise DataError(f"{config.data.train} is not, or not with these settings, what the step was trained on")
     return dataset
 

@@ -4,6 +4,7 @@
     metrics.jsonl     one line per step
     validation.jsonl  one line per validation; its step is the last one trained before it
     ledger.jsonl      which samples each step trained on, chained by hash; see `plan/ledger.py`
+    remaps/           what was still due where data changed; see `train/remaps.py`
     checkpoints/      step_00000123/ ...
     hf/               step_123/ ..., Hugging Face folders, where train.export_hf_every_steps asks for them
     heartbeats/rankN  "step time phase", renewed at every phase change
@@ -41,6 +42,7 @@ class RunDir:
         self.metrics = self.path / "metrics.jsonl"
         self.validation = self.path / "validation.jsonl"
         self.ledger = self.path / "ledger.jsonl"
+        self.remaps = self.path / "remaps"
         self.checkpoints = self.path / "checkpoints"
         self.config = self.path / "config.yaml"
         self.step = self.path / "step.json"
