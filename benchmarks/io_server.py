@@ -1,20 +1,22 @@
-"""What the I/O server costs: CPU time of decoding there against decoding here, of the leader alone, and latency when overloaded.
+"""What the I/O server costs: CPU time of decoding there against decoding here, of the leader alone, and what overload does.
 
-One run on one machine; only the ratios mean something. Caching is off, because every repetition asks for the same clips:
+Decoding here runs in as many processes as the server has workers, in their environment, so that caches are shared alike. One run on one
+machine; only the ratios mean something. Caching is off, because every repetition asks for the same clips:
 
-    python benchmarks/io_server.py --pairs 5 --workers 2
+    python benchmarks/io_server.py --pairs 10 --workers 1
 """
 
 import argparse
+import functools
 import json
+import multiprocessing
 import os
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
@@ -26,6 +28,8 @@ import torch
 
 from megatron_keye.config.schema import ImageConfig, VideoConfig
 from megatron_keye.data.items import describe, media_rules, resolve
+from megatron_keye.data.limits import WORKER_ENVIRONMENT
+from megatron_keye.data.media.fingerprint import pixel_fingerprint
 from megatron_keye.data.record import Media
 from megatron_keye.data.shards import Span
 from megatron_keye.data.storage import LocalStore
@@ -42,24 +46,43 @@ OVERLOAD_REQUESTS = 24
 OVERLOAD_QUEUE = 8
 
 
+BITS_PER_PIXEL = 0.09
+"""Of web video: 1.1 Mbit/s at 480p, 2.5 at 720p, 5.6 at 1080p."""
+BOOTSTRAPS = 2000
+OWN_DECODER = decoder_id(pixel_fingerprint())
+
+
 @dataclass(frozen=True)
 class Pair:
-    """CPU seconds of the same clips decoded here and fetched; `client_s` is the part of the process that asks."""
+    """CPU seconds of the same clips decoded here and fetched: by the process that asks, the server's front and its workers."""
 
     local_s: float
     client_s: float
-    server_s: float
+    front_s: float
+    workers_s: float
+
+    @property
+    def total(self) -> float:
+        """Of fetching, as a multiple of decoding here."""
+        return (self.client_s + self.front_s + self.workers_s) / self.local_s
+
+    @property
+    def rate(self) -> float:
+        """Frames per CPU second of the server, as a part of what decoding here makes."""
+        return self.local_s / (self.front_s + self.workers_s)
 
 
-def make_clip(path: Path, seconds: int, height: int, width: int, seed: int) -> None:
-    """H.264 with B-frames: a picture of smoothed noise that pans, with grain."""
+def make_clip(path: Path, codec: str, seconds: int, height: int, seed: int) -> None:
+    """A clip with B-frames at the bit rate of web video: a picture of smoothed noise that pans, with grain."""
     rng = np.random.default_rng(seed)
+    width = height * 16 // 9 // 2 * 2
     noise = rng.integers(0, 256, (height // 4, width // 2, 3), dtype=np.uint8)
     canvas = cv2.resize(noise, (2 * width, height), interpolation=cv2.INTER_CUBIC)
     stream = BytesIO()
     with av.open(stream, "w", format="mp4") as container:
-        track = container.add_stream("h264", rate=FRAME_RATE, options={"preset": "veryfast", "crf": "26"})
+        track = container.add_stream(codec, rate=FRAME_RATE, options={"preset": "fast"})
         track.width, track.height, track.pix_fmt = width, height, "yuv420p"
+        track.bit_rate = int(BITS_PER_PIXEL * FRAME_RATE * width * height)
         for number in range(seconds * FRAME_RATE):
             shift = number * 2 % width
             grain = rng.integers(0, 12, (height, width, 1), dtype=np.uint8)
@@ -69,6 +92,7 @@ def make_clip(path: Path, seconds: int, height: int, width: int, seed: int) -> N
     path.write_bytes(stream.getvalue())
 
 
+@functools.cache
 def stored(path: Path) -> StoredMedium:
     rules = media_rules(ImageConfig(), VideoConfig(), VARIANT)
     blob = path.read_bytes()
@@ -77,41 +101,49 @@ def stored(path: Path) -> StoredMedium:
     return StoredMedium(LocalStore(path.parent), path.name, span, media, item, resolve(item, rules), VARIANT, path.name)
 
 
-def cpu_seconds(pids: list[int]) -> float:
-    """User and system time of processes so far."""
-    ticks = 0
-    for pid in pids:
-        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-        ticks += int(fields[11]) + int(fields[12])
-    return ticks / os.sysconf("SC_CLK_TCK")
+def cpu_seconds(pid: int) -> float:
+    """Time on a CPU of all threads of a process so far."""
+    return sum(int(task.read_text().split()[0]) for task in Path(f"/proc/{pid}/task").glob("*/schedstat")) / 1e9
 
 
-def with_children(pid: int) -> list[int]:
-    return [pid, *(int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split())]
+def resident_bytes(pid: int) -> int:
+    return int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
-def timed(work: Callable[[], None]) -> float:
-    """CPU seconds of this process for `work`, all threads included."""
+def workers_of(pid: int) -> list[int]:
+    return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+
+def use_one_thread() -> None:
+    torch.set_num_threads(1)
+    cv2.setNumThreads(1)
+
+
+def decode_here(path: Path) -> float:
+    """CPU seconds of this process for the clip."""
+    medium = stored(path)
     began_s = time.process_time()
-    work()
+    medium.patches()
     return time.process_time() - began_s
 
 
 def measure_pair(
-    media: list[StoredMedium], jobs: list[DecodeJob], client: MediaClient, threads: ThreadPoolExecutor, pids: list[int]
+    paths: list[Path],
+    jobs: list[DecodeJob],
+    here: ProcessPoolExecutor,
+    client: MediaClient,
+    threads: ThreadPoolExecutor,
+    front: int,
 ) -> Pair:
-    def here() -> None:
-        for medium in media:
-            medium.patches()
+    def server_s() -> np.ndarray:
+        return np.array([cpu_seconds(front), sum(map(cpu_seconds, workers_of(front)))])
 
-    def there() -> None:
-        if any(answer is None for answer in threads.map(client.fetch, jobs)):
-            raise RuntimeError(f"a server failed: {client.counts.last_failure}")
-
-    local_s = timed(here)
-    began_s = cpu_seconds(pids)
-    client_s = timed(there)
-    return Pair(local_s, client_s, cpu_seconds(pids) - began_s)
+    local_s = sum(here.map(decode_here, paths))
+    before_s, client_before_s = server_s(), time.process_time()
+    if any(answer is None for answer in threads.map(client.fetch, jobs)):
+        raise RuntimeError(f"a server failed: {client.counts.last_failure}")
+    client_s = time.process_time() - client_before_s
+    return Pair(local_s, client_s, *(server_s() - before_s).tolist())
 
 
 def overload(client: MediaClient, jobs: list[DecodeJob]) -> list[float]:
@@ -142,49 +174,69 @@ def start_server(root: str, workers: int) -> tuple[subprocess.Popen, str]:
 
 def client_for(url: str, requests: int) -> MediaClient:
     settings = ClientSettings(600.0, 600.0, requests, 4 << 30, Timeouts(5.0, 30.0))
-    return MediaClient(Fleet((url,), decoder_id=decoder_id()), settings)
+    return MediaClient(Fleet((url,), decoder_id=OWN_DECODER), settings)
 
 
 def report(pairs: list[Pair]) -> None:
-    total = [(pair.client_s + pair.server_s) / pair.local_s for pair in pairs]
-    leader = [pair.local_s / pair.client_s for pair in pairs]
     for pair in pairs:
-        print(f"local {pair.local_s:7.2f} s   client {pair.client_s:6.3f} s   server {pair.server_s:7.2f} s")
-    print(f"total CPU, remote / local:      median {statistics.median(total):.3f}, from {min(total):.3f} to {max(total):.3f}")
-    print(f"CPU of the leader, local / remote: median {statistics.median(leader):.0f}, from {min(leader):.0f} to {max(leader):.0f}")
+        print(
+            f"local {pair.local_s:7.2f} s   client {pair.client_s:6.3f} s   front {pair.front_s:6.3f} s   workers {pair.workers_s:7.2f} s"
+        )
+    say("total CPU, remote / local", [pair.total for pair in pairs])
+    say("CPU of the leader, local / remote", [pair.local_s / pair.client_s for pair in pairs])
+    say("rate per CPU second, server / local processes", [pair.rate for pair in pairs])
+
+
+def say(name: str, values: list[float]) -> None:
+    """The median, with an interval by resampling the pairs."""
+    rng = np.random.default_rng(0)
+    medians = np.median(rng.choice(values, (BOOTSTRAPS, len(values))), axis=1)
+    low, high = np.percentile(medians, (5, 95))
+    print(f"{name}: median {statistics.median(values):.3f}, 90 % of resampled medians from {low:.3f} to {high:.3f}")
+
+
+def flood(url: str, jobs: list[DecodeJob], front: int) -> None:
+    """Overload the server and say what became of it."""
+    client = client_for(url, OVERLOAD_REQUESTS)
+    idle_bytes = [resident_bytes(pid) for pid in (front, *workers_of(front))]
+    waits_s = overload(client, jobs)
+    grown = [resident_bytes(pid) - before for pid, before in zip((front, *workers_of(front)), idle_bytes, strict=True)]
+    print(
+        f"{OVERLOAD_REQUESTS} requests at once on a queue of {OVERLOAD_QUEUE}: p50 {np.percentile(waits_s, 50):.2f} s, "
+        f"p99 {np.percentile(waits_s, 99):.2f} s, {client.counts.values['busy']} times told to come back, "
+        f"{sum(wait == float('inf') for wait in waits_s)} lost; memory of the server {sum(idle_bytes) / 1e6:.0f} MB before, "
+        f"{sum(grown) / 1e6:+.0f} MB after"
+    )
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--pairs", type=int, default=5, help="repetitions of local and remote in turn")
-    parser.add_argument("--workers", type=int, default=2)
-    parser.add_argument("--clips", type=int, default=4)
+    parser.add_argument("--pairs", type=int, default=10, help="repetitions of local and remote in turn")
+    parser.add_argument("--workers", type=int, default=1)
+    parser.add_argument("--clips", type=int, default=2)
     parser.add_argument("--seconds", type=int, default=16, help="length of a clip")
     parser.add_argument("--height", type=int, default=480)
+    parser.add_argument("--codec", default="h264", help="an encoder of PyAV: h264, hevc, ...")
     args = parser.parse_args()
-    torch.set_num_threads(1)
-    cv2.setNumThreads(1)
+    use_one_thread()
+    os.environ.update(WORKER_ENVIRONMENT)  # of the processes that decode here
     with tempfile.TemporaryDirectory() as folder:
         paths = [Path(folder) / f"{number}.mp4" for number in range(args.clips)]
         for number, path in enumerate(paths):
-            make_clip(path, args.seconds, args.height, args.height * 16 // 9 // 2 * 2, number)
-        media = [stored(path) for path in paths]
-        jobs = [job_of(medium, decoder_id()) for medium in media]
-        print(f"{len(jobs)} clips of {len(jobs[0].frames)} sampled frames, {sum(job.result_bytes for job in jobs):,} bytes of patches")
+            make_clip(path, args.codec, args.seconds, args.height, number)
+        jobs = [job_of(stored(path), OWN_DECODER) for path in paths]
+        print(
+            f"{len(jobs)} {args.codec} clips of {len(jobs[0].frames)} frames, {sum(job.num_bytes for job in jobs):,} bytes encoded, "
+            f"{sum(job.result_bytes for job in jobs):,} bytes of patches"
+        )
         server, url = start_server(folder, args.workers)
+        context = multiprocessing.get_context("spawn")
         try:
             client = client_for(url, args.workers)
-            with ThreadPoolExecutor(args.workers) as threads:
-                pids = with_children(server.pid)
-                measure_pair(media, jobs, client, threads, pids)
-                report([measure_pair(media, jobs, client, threads, pids) for _ in range(args.pairs)])
-            flood = client_for(url, OVERLOAD_REQUESTS)
-            waits_s = overload(flood, jobs)
-            print(
-                f"{OVERLOAD_REQUESTS} requests at once on a queue of {OVERLOAD_QUEUE}: p50 {statistics.median(waits_s):.2f} s, "
-                f"slowest {waits_s[-1]:.2f} s, {flood.counts.values['busy']} times told to come back, "
-                f"{sum(wait == float('inf') for wait in waits_s)} lost"
-            )
+            with ThreadPoolExecutor(args.workers) as threads, ProcessPoolExecutor(args.workers, context, use_one_thread) as here:
+                measure_pair(paths, jobs, here, client, threads, server.pid)
+                report([measure_pair(paths, jobs, here, client, threads, server.pid) for _ in range(args.pairs)])
+            flood(url, jobs, server.pid)
         finally:
             server.terminate()
             server.wait()

@@ -8,7 +8,8 @@ import numpy as np
 import torch
 
 from megatron_keye.data.items import Frames, Item, iter_patches
-from megatron_keye.io_server.protocol import DecodeJob
+from megatron_keye.data.media.fingerprint import pixel_fingerprint
+from megatron_keye.io_server.protocol import DecodeJob, decoder_id
 from megatron_keye.io_server.worker import main
 
 
@@ -30,4 +31,4 @@ def _item(job: DecodeJob) -> Item:
 if __name__ == "__main__":
     torch.set_num_threads(1)
     cv2.setNumThreads(1)
-    sys.exit(main(decode))
+    sys.exit(main(decode, decoder_id(pixel_fingerprint())))

@@ -129,10 +129,10 @@ def parse_job(text: bytes) -> DecodeJob:
         raise Refused("bad_request", f"{place}: {first['msg']}; {error.error_count()} problems in all") from error
 
 
-def decoder_id() -> str:
-    """Everything whose version decides about pixels: decoder, frame rules, and the libraries that resize."""
+def decoder_id(fingerprint: str) -> str:
+    """Everything that decides about pixels: decoder, frame rules, the libraries that resize, and `fingerprint` of what they do here."""
     resizers = "-".join(f"{name}-{version(name).partition('+')[0]}" for name in ("pillow", "torch"))
-    return f"{DECODER_ID}-{resizers}"
+    return f"{DECODER_ID}-{resizers}-pixels-{fingerprint}"
 
 
 def _num_patches(size: tuple[int, int]) -> int:

@@ -11,6 +11,7 @@ import numpy as np
 from megatron_keye.config.schema import DataConfig, MediaConfig
 from megatron_keye.contract.media import PATCH_VALUES, SampleShape
 from megatron_keye.data.dataset import Dataset
+from megatron_keye.data.media.fingerprint import pixel_fingerprint
 from megatron_keye.data.sources import LoadCounts, LoadedSample, MediaCounts, Source
 from megatron_keye.data.stored import StoredMedium
 from megatron_keye.errors import DataError, KeyeError, SettingsError
@@ -122,7 +123,7 @@ def connect(data: DataConfig) -> RemoteMedia | None:
     strange = [url for url in settings.servers if not re.fullmatch(r"http://[^/\s]+:\d+", url)]
     if strange:
         raise SettingsError(f"data.media.servers has {', '.join(strange)}: expected http://HOST:PORT")
-    own_decoder_id = decoder_id()
+    own_decoder_id = decoder_id(pixel_fingerprint())
     fleet = Fleet(settings.servers, None if settings.registry is None else Path(settings.registry), own_decoder_id)
     return RemoteMedia(MediaClient(fleet, _client_settings(settings)), own_decoder_id)
 

@@ -22,7 +22,7 @@ import xxhash
 from megatron_keye.data import messages
 from megatron_keye.data.limits import is_out_of_memory, limit_memory
 from megatron_keye.errors import DataError
-from megatron_keye.io_server.protocol import DecodeJob, Refused, decoder_id, parse_job
+from megatron_keye.io_server.protocol import DecodeJob, Refused, parse_job
 from megatron_keye.io_server.roots import Roots
 
 Decode = Callable[[DecodeJob, bytes], Iterator[np.ndarray]]
@@ -44,10 +44,10 @@ class WorkerLimits:
     decode_s: float
 
 
-def serve(sock: socket.socket, roots: Roots, limits: WorkerLimits, decode: Decode) -> None:
+def serve(sock: socket.socket, roots: Roots, limits: WorkerLimits, decode: Decode, decoder_id: str) -> None:
     """Answer jobs until the front closes its end. Everything that `decode` needs must have been imported."""
     limit_memory(limits.memory_bytes)
-    messages.send(sock, {"ready": True, "decoder_id": decoder_id()})
+    messages.send(sock, {"ready": True, "decoder_id": decoder_id})
     while True:
         try:
             message, fd = messages.receive(sock)
@@ -108,11 +108,14 @@ def _code(error: BaseException) -> str:
     return "corrupt" if isinstance(error, DataError) else "internal"
 
 
-def main(decode: Decode) -> int:
-    """`argv`: descriptor of the socket, memory limit in bytes, time limit in seconds, roots."""
+def main(decode: Decode, decoder_id: str) -> int:
+    """Serve with `decode`, whose pixels `decoder_id` names.
+
+    `argv`: descriptor of the socket, memory limit in bytes, time limit in seconds, roots.
+    """
     fd, memory_bytes, decode_s, *roots = sys.argv[1:]
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C in a terminal is for the front, which ends its workers
     with socket.socket(fileno=int(fd)) as sock:
         os.set_inheritable(sock.fileno(), False)
-        serve(sock, Roots([Path(root) for root in roots]), WorkerLimits(int(memory_bytes), float(decode_s)), decode)
+        serve(sock, Roots([Path(root) for root in roots]), WorkerLimits(int(memory_bytes), float(decode_s)), decode, decoder_id)
     return 0

@@ -19,9 +19,10 @@ from megatron_keye.io_server.client import ClientSettings, MediaClient
 from megatron_keye.io_server.fleet import Fleet
 from megatron_keye.io_server.front import Front, ServerSettings
 from megatron_keye.io_server.pool import WORKER_COMMAND, PoolSettings
-from megatron_keye.io_server.protocol import DECODE_PATH, DecodeJob, decoder_id
+from megatron_keye.io_server.protocol import DECODE_PATH, DecodeJob
 from megatron_keye.io_server.worker import WorkerLimits
 from tests.unit.io_server import fake_worker
+from tests.unit.io_server.fake_worker import FAKE_ID
 
 FAKE_WORKER = (sys.executable, "-m", "tests.unit.io_server.fake_worker")
 MIB = 1 << 20
@@ -75,7 +76,7 @@ def job_for(path: Path, /, **changes) -> DecodeJob:
     blob = path.read_bytes()
     given = dict(
         path=str(path), offset=0, num_bytes=len(blob), sha256=hashlib.sha256(blob).hexdigest(), variant="keye_vl_1_5", height=30, width=30,
-        sizes=((28, 28),), frames=None, decoder_id=decoder_id(),
+        sizes=((28, 28),), frames=None, decoder_id=FAKE_ID,
     )  # fmt: skip
     return DecodeJob(**(given | changes))
 
@@ -113,7 +114,7 @@ def error_of(answer: tuple[int, dict, bytes]) -> tuple[int, str]:
 
 
 def client_of(*urls: str, **changes) -> MediaClient:
-    return MediaClient(Fleet(urls, decoder_id=decoder_id()), replace(CLIENT, **changes))
+    return MediaClient(Fleet(urls, decoder_id=FAKE_ID), replace(CLIENT, **changes))
 
 
 def wait_until(condition, timeout_s=15.0) -> None:

@@ -59,7 +59,7 @@ def check(server, path, blob, read_number, first_shown=0, is_upright=True):
     info = probe(blob)
     fast = tuple(number % 2 == 1 for number in range(len(WANTED)))
     sizes = (SLOW, FAST) if is_upright else (SLOW[::-1], FAST[::-1])
-    job = job_for(path, height=info.height, width=info.width, sizes=sizes, frames=WANTED, fast=fast)
+    job = job_for(path, height=info.height, width=info.width, sizes=sizes, frames=WANTED, fast=fast, decoder_id=server.front._decoder_id)
     status, _, body = post(server.url, job)
     assert status == 200, body
     assert body == b"".join(patches.tobytes() for patches in decode(job, blob))

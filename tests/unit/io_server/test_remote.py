@@ -11,10 +11,12 @@ from megatron_keye.config.load import load_config
 from megatron_keye.config.schema import DataConfig, MediaConfig
 from megatron_keye.data.dataset import Dataset
 from megatron_keye.data.items import iter_patches
+from megatron_keye.data.media.fingerprint import pixel_fingerprint
 from megatron_keye.data.media.video import DECODER_ID
 from megatron_keye.data.sources import MediaCounts, ThreadSource
 from megatron_keye.data.stored import StoredMedium
 from megatron_keye.errors import DataError, KeyeError, SettingsError
+from megatron_keye.io_server.protocol import decoder_id
 from megatron_keye.io_server.remote import RemoteSource, connect, job_of
 from tests.unit.io_server.serving import error_of, post
 
@@ -89,8 +91,7 @@ def test_a_closed_source_waits_for_no_server_and_decodes_nothing(indexed, tokeni
         remote, other = remote_source(dataset, media), remote_source(dataset, media)
         with ThreadPoolExecutor(2) as threads:
             reading = [threads.submit(source.read, sample, dataset.shape(sample)) for source in (remote, other)]
-            hung.accept()
-            hung.accept()
+            connections = [hung.accept()[0] for _ in reading]  # an answer never comes
             remote.close()
             with pytest.raises(KeyeError, match="was closed"):
                 reading[0].result(5)
@@ -98,6 +99,8 @@ def test_a_closed_source_waits_for_no_server_and_decodes_nothing(indexed, tokeni
             other.close()
             with pytest.raises(KeyeError, match="was closed"):
                 reading[1].result(5)
+        for connection in connections:
+            connection.close()
 
 
 def damaged_copy(folder, tmp_path):
@@ -208,14 +211,12 @@ def test_a_header_that_promises_a_giant_picture_is_refused(indexed, tokenizer, r
     assert error_of(post(real.url, job.model_copy(update=changes)))[0] == 422
 
 
-def test_the_decoder_id_names_the_decoder_and_what_resizes(real):
-    from megatron_keye.io_server.protocol import decoder_id
-
-    assert decoder_id().startswith(DECODER_ID)
-    assert "pillow-" in decoder_id()
-    assert "torch-" in decoder_id()
-    assert "+" not in decoder_id()
-    assert real.front._decoder_id == decoder_id()
+def test_the_decoder_id_names_the_decoder_what_resizes_and_what_comes_out(real):
+    own = decoder_id(pixel_fingerprint())
+    assert own.startswith(DECODER_ID)
+    assert {"pillow", "torch", pixel_fingerprint()} < set(own.split("-"))
+    assert "+" not in own
+    assert real.front._decoder_id == own
 
 
 def test_settings_that_make_no_client_are_named(tmp_path):
