@@ -5,10 +5,10 @@ from io import BytesIO
 from pathlib import Path
 from typing import Literal
 
+import av
 import cv2
 import numpy as np
 
-from benchmarks.io_server import make_clip
 from data_tools.demo.tokenizer import COMMON_WORDS, write_tokenizer
 from megatron_keye.config.load import load_config
 from megatron_keye.config.schema import RunConfig
@@ -20,7 +20,7 @@ VARIANT = "keye_vl_1_5"
 SHARD_BYTES = 8 << 20
 JPEG_QUALITY = 90
 NUM_CLIPS = 12
-CLIP_S, CLIP_HEIGHT, CLIP_WIDTH = 4, 360, 640
+CLIP_S, CLIP_HEIGHT, CLIP_WIDTH, FRAME_RATE = 4, 360, 640, 30
 WORDS_BESIDE_MEDIA = 60
 MEDIAN_WORDS = 350
 """Of a text sample; lengths are log-normal."""
@@ -34,7 +34,7 @@ def make_set(folder: Path, kind: Kind, num_samples: int, seed: int = 0) -> None:
     rng = np.random.default_rng(seed)
     if kind in ("video", "mixed"):
         for number in range(NUM_CLIPS):
-            make_clip(folder / "media" / f"{number}.mp4", CLIP_S, CLIP_HEIGHT, CLIP_WIDTH, number)
+            (folder / "media" / f"{number}.mp4").write_bytes(_clip(rng))
     with open(folder / "input.jsonl", "w", encoding="utf-8") as file:
         for number in range(num_samples):
             own = MIX[number % len(MIX)] if kind == "mixed" else kind
@@ -80,3 +80,20 @@ def _photograph(rng: np.random.Generator) -> bytes:
     grain = rng.integers(0, 10, (height, width, 1), dtype=np.uint8)
     picture = cv2.add(cv2.resize(coarse, (width, height), interpolation=cv2.INTER_CUBIC), grain.repeat(3, axis=2))
     return BytesIO(cv2.imencode(".jpg", picture, [cv2.IMWRITE_JPEG_QUALITY, JPEG_QUALITY])[1]).getvalue()
+
+
+def _clip(rng: np.random.Generator) -> bytes:
+    """H.264 of smooth noise that pans, with grain."""
+    noise = rng.integers(0, 256, (CLIP_HEIGHT // 4, CLIP_WIDTH // 2, 3), dtype=np.uint8)
+    canvas = cv2.resize(noise, (2 * CLIP_WIDTH, CLIP_HEIGHT), interpolation=cv2.INTER_CUBIC)
+    stream = BytesIO()
+    with av.open(stream, "w", format="mp4") as container:
+        track = container.add_stream("h264", rate=FRAME_RATE, options={"preset": "veryfast", "crf": "26"})
+        track.width, track.height, track.pix_fmt = CLIP_WIDTH, CLIP_HEIGHT, "yuv420p"
+        for number in range(CLIP_S * FRAME_RATE):
+            left = 2 * number % CLIP_WIDTH
+            grain = rng.integers(0, 12, (CLIP_HEIGHT, CLIP_WIDTH, 1), dtype=np.uint8)
+            frame = cv2.add(np.ascontiguousarray(canvas[:, left : left + CLIP_WIDTH]), grain.repeat(3, axis=2))
+            container.mux(track.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
+        container.mux(track.encode())
+    return stream.getvalue()
