@@ -29,6 +29,11 @@ def describe(path: Path) -> str:
     return "\n".join([*lines, *_model_lines(model), *_tensor_lines(source)])
 
 
+def module_of(name: str) -> str:
+    """vision, projector or decoder."""
+    return next(module for prefix, module in MODULES.items() if name.startswith(prefix))
+
+
 def _model_lines(model: ModelConfig) -> list[str]:
     vision, decoder = model.vision, model.decoder
     return [
@@ -44,7 +49,7 @@ def _tensor_lines(source: TensorSource) -> list[str]:
     specs = source.specs
     parameters: Counter[str] = Counter()
     for name, spec in specs.items():
-        parameters[next(module for prefix, module in MODULES.items() if name.startswith(prefix))] += prod(spec.shape)
+        parameters[module_of(name)] += prod(spec.shape)
     counts = ", ".join(f"{number} {dtype}" for dtype, number in dtype_counts(specs).items())
     shares = ", ".join(f"{module} {parameters[module]:,}" for module in dict.fromkeys(MODULES.values()))
     return [

@@ -142,13 +142,25 @@ def flush_folder(path: Path) -> None:
         os.close(descriptor)
 
 
-def file_damage(folder: Path, record: FileRecord, on_bytes: OnBytes = lambda num_bytes: None) -> str | None:
-    """What is wrong with a file, or None. Reads all of it, unless its size is wrong."""
+def size_damage(folder: Path, record: FileRecord) -> str | None:
+    """What is wrong with a file as far as its size says, or None. Reads nothing of it."""
     path = folder / record.name
     try:
         num_bytes = path.stat().st_size
-        if num_bytes != record.num_bytes:
-            return f"{path} has {num_bytes:,} bytes where {record.num_bytes:,} were written: it is torn"
+    except OSError as error:
+        return f"{path} cannot be read: {error.strerror}"
+    if num_bytes != record.num_bytes:
+        return f"{path} has {num_bytes:,} bytes where {record.num_bytes:,} were written: it is torn"
+    return None
+
+
+def file_damage(folder: Path, record: FileRecord, on_bytes: OnBytes = lambda num_bytes: None) -> str | None:
+    """What is wrong with a file, or None. Reads all of it, unless its size is wrong."""
+    torn = size_damage(folder, record)
+    if torn is not None:
+        return torn
+    path = folder / record.name
+    try:
         digest = xxhash.xxh3_128()
         with open(path, "rb") as file:
             while block := file.read(CHUNK_BYTES):

@@ -32,6 +32,7 @@ COMMANDS = {
     "train": Command("train", "train a model, or go on with a run"),
     "eval": Command("evaluate", "loss and exact-answer accuracy per task on held-out data"),
     "score": Command("score", "log-probabilities of the supervised tokens of chat samples"),
+    "checkpoint": Command("checkpoint", "list the checkpoints of a run, compare their checksums, or show what is in one"),
     "ledger": Command("ledger", "prove from its files that a run used every sample once; show or compare what steps held"),
     "calibrate": Command("calibrate", "measure what samples cost on this machine, for the placement of a run"),
     "io-server": Command("io_server", "decode images and videos for training runs, or ask servers how they are"),
