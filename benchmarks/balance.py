@@ -21,10 +21,10 @@ from rich.table import Table
 
 from benchmarks.balance_methods import METHODS, Case, bound_over_mean, over_bound
 from benchmarks.mixes import MIXES, Mix, draw
+from megatron_keye.plan.blocks import shuffled
 from megatron_keye.plan.compiled import has_numba
 from megatron_keye.plan.cost import CostModel
 from megatron_keye.plan.lookahead import Lookahead, divide_window
-from megatron_keye.plan.order import ShuffledOrder
 
 REPLICAS, SAMPLES_EACH = (8, 64, 1024), (4, 16, 64)
 QUICK_REPLICAS, QUICK_SAMPLES_EACH, QUICK_BATCHES = (8, 64), (4, 16), 3
@@ -126,7 +126,7 @@ def measure_window(global_batch_samples: int, num_replicas: int) -> dict:
     lookahead = Lookahead(8, num_replicas, cost=ANY_COST)
     divide_window(samples.decoder_ns, lookahead, b"")
     began_s = time.process_time()
-    ShuffledOrder(10**9, 0)(np.arange(count))
+    shuffled(10**9, 0)(np.arange(count))
     ordered_s = time.process_time()
     divide_window(samples.decoder_ns, lookahead, b"")
     return {"samples": count, "order_ms": 1000 * (ordered_s - began_s), "divide_ms": 1000 * (time.process_time() - ordered_s)}

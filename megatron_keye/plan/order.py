@@ -82,23 +82,6 @@ class Permutation:
         return left * right_size + right
 
 
-def epoch_permutation(epoch: int, num_samples: int, seed: int) -> Permutation:
-    """The order of one epoch of the run with this seed."""
-    return Permutation(num_samples, f"sample order: seed {seed}, epoch {epoch}".encode())
-
-
-def sample_at(position: int, num_samples: int, seed: int) -> int:
-    """The sample at `position` of the endless sequence of epochs; each epoch visits every sample once."""
-    _check_not_empty(num_samples)
-    epoch, offset = divmod(position, num_samples)
-    return epoch_permutation(epoch, num_samples, seed)(offset)
-
-
-def samples_at(start: int, count: int, num_samples: int, seed: int) -> tuple[int, ...]:
-    """The samples at positions start .. start + count - 1; where these span an epoch's end a sample may occur twice."""
-    return tuple(ShuffledOrder(num_samples, seed)(np.arange(start, start + count)).tolist())
-
-
 class Order(Protocol):
     """An endless sequence over samples 0 .. num_samples - 1, of which any position can be asked for."""
 
@@ -106,18 +89,6 @@ class Order(Protocol):
 
     def __call__(self, positions: np.ndarray) -> np.ndarray:
         """The samples at `positions`, int64 [n]."""
-
-
-class ShuffledOrder:
-    """The endless sequence of epochs over one dataset, every sample equally likely at every position."""
-
-    def __init__(self, num_samples: int, seed: int):
-        _check_not_empty(num_samples)
-        self.num_samples, self._seed = num_samples, seed
-
-    def __call__(self, positions: np.ndarray) -> np.ndarray:
-        """The samples at `positions`, int64 [n]."""
-        return by_epoch(positions, self.num_samples, lambda epoch: epoch_permutation(epoch, self.num_samples, self._seed).of)
 
 
 def by_epoch(positions: np.ndarray, num_samples: int, order_of: Callable[[int], Callable[[np.ndarray], np.ndarray]]) -> np.ndarray:

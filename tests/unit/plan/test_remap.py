@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from megatron_keye.errors import LedgerError, PlanError
 from megatron_keye.plan.blend import CYCLE
+from megatron_keye.plan.blocks import shuffled
 from megatron_keye.plan.changed_data import Changes, changes, used_samples
 from megatron_keye.plan.cost import CostModel
 from megatron_keye.plan.cursor import Cursor, ResumeState
@@ -20,7 +21,6 @@ from megatron_keye.plan.ledger import CHAIN_START, Rules, SegmentLine, StepLine,
 from megatron_keye.plan.ledger_proof import RunFiles, prove
 from megatron_keye.plan.lookahead import Lookahead
 from megatron_keye.plan.mixture import Source, fresh_mixture
-from megatron_keye.plan.order import ShuffledOrder
 from megatron_keye.plan.remap import NO_REMAP, Remap, RemappedOrder, due_samples, nothing_due
 from megatron_keye.plan.windows import Membership
 
@@ -166,7 +166,7 @@ def test_a_source_that_did_not_change_goes_on_where_it_was():
 
 def test_samples_due_come_in_the_order_of_their_epoch():
     """What an epoch of the new set would read side by side is still read side by side."""
-    order, keys = ShuffledOrder(10, seed=4), records("a", 10)
+    order, keys = shuffled(10, seed=4), records("a", 10)
     used = {2: Counter({("a3", 3): 1, ("a8", 8): 1, ("gone", 1): 1}), 3: Counter({("a3", 3): 1})}
     due, counts = due_samples(order, range(2, 4), keys, used)
     whole = order(np.arange(20, 40)).tolist()
@@ -176,7 +176,7 @@ def test_samples_due_come_in_the_order_of_their_epoch():
 
 def test_a_record_that_a_set_holds_twice_is_due_as_often_as_it_was_not_used():
     keys = [("a", 1), ("a", 1), ("b", 2)]
-    due, counts = due_samples(ShuffledOrder(3, 0), range(1), keys, {0: Counter({("a", 1): 1})})
+    due, counts = due_samples(shuffled(3, 0), range(1), keys, {0: Counter({("a", 1): 1})})
     assert (sorted(due.tolist()), counts) == ([1, 2], (2,))
 
 
@@ -195,7 +195,7 @@ def test_how_data_changed_is_counted():
     first, second, *kept = sorted(used.by_epoch[0])
     assert kept
     new = [(first[0], 99), *kept, ("new", 1)]
-    _, counts = due_samples(ShuffledOrder(len(new), 0), range(1), new, used.by_epoch)
+    _, counts = due_samples(shuffled(len(new), 0), range(1), new, used.by_epoch)
     assert second[0] in used.checksums
     assert changes(used, new, counts) == Changes(unchanged=len(kept), edited=1, removed=1, new=1, used=len(kept))
 
@@ -281,4 +281,4 @@ def test_what_is_no_remap_is_refused(fields, said):
 
 def test_an_order_needs_all_that_is_due():
     with pytest.raises(PlanError, match="has 2 samples due, expected 3"):
-        RemappedOrder(Remap("0" * 64, 0, (3,)), np.arange(2), ShuffledOrder(4, 0))
+        RemappedOrder(Remap("0" * 64, 0, (3,)), np.arange(2), shuffled(4, 0))
