@@ -10,18 +10,10 @@ import numpy as np
 from megatron_keye.errors import PlanError
 
 _NUM_ROUNDS = 8
-_MASK = (1 << 64) - 1
-
-
-def _mix(value: int) -> int:
-    """The finalizer of SplitMix64 (Steele, Lea, Flood, OOPSLA 2014): 64 bits in, 64 well-mixed bits out."""
-    value = ((value ^ (value >> 30)) * 0xBF58476D1CE4E5B9) & _MASK
-    value = ((value ^ (value >> 27)) * 0x94D049BB133111EB) & _MASK
-    return value ^ (value >> 31)
 
 
 def _mix_all(values: np.ndarray) -> np.ndarray:
-    """`_mix` of uint64 values, whose products wrap around by themselves."""
+    """The finalizer of SplitMix64 (Steele, Lea, Flood, OOPSLA 2014) of uint64 values: 64 bits in, 64 well-mixed bits out."""
     values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     values = (values ^ (values >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return values ^ (values >> np.uint64(31))
@@ -43,36 +35,20 @@ class Permutation:
         keys = hashlib.shake_256(key).digest(8 * _NUM_ROUNDS)
         self._round_keys = [int.from_bytes(keys[8 * i : 8 * i + 8], "little") for i in range(_NUM_ROUNDS)]
 
-    def __call__(self, position: int) -> int:
-        """The sample at `position`, 0 <= position < num_samples."""
-        if not 0 <= position < self.num_samples:
-            raise PlanError(f"Position {position} is outside an order of {self.num_samples} samples.")
-        value = self._permute_rectangle(position)
-        while value >= self.num_samples:
-            value = self._permute_rectangle(value)
-        return value
-
     def of(self, positions: np.ndarray) -> np.ndarray:
-        """The samples at `positions`, int64 [n], each as by a call."""
+        """The samples at `positions`, int64 [n], each 0 <= position < num_samples. Raises PlanError for others."""
         outside = positions[(positions < 0) | (positions >= self.num_samples)]
         if len(outside):
             raise PlanError(f"Position {outside[0]} is outside an order of {self.num_samples} samples.")
-        values = self._permute_all(positions.astype(np.uint64))
+        values = self._permute_rectangle(positions.astype(np.uint64))
         walking = np.flatnonzero(values >= self.num_samples)
         while len(walking):
-            values[walking] = self._permute_all(values[walking])
+            values[walking] = self._permute_rectangle(values[walking])
             walking = walking[values[walking] >= self.num_samples]
         return values.astype(np.int64)
 
-    def _permute_rectangle(self, value: int) -> int:
-        left, right = divmod(value, self._right_size)
-        for i in range(0, _NUM_ROUNDS, 2):
-            left = (left + _mix((right + self._round_keys[i]) & _MASK)) % self._left_size
-            right = (right + _mix((left + self._round_keys[i + 1]) & _MASK)) % self._right_size
-        return left * self._right_size + right
-
-    def _permute_all(self, values: np.ndarray) -> np.ndarray:
-        """`_permute_rectangle` of uint64 values. Halves are reduced before they are added: Python's integers do not wrap around."""
+    def _permute_rectangle(self, values: np.ndarray) -> np.ndarray:
+        """Of uint64 values within the rectangle. Mixed halves are reduced before they are added, so that sums do not wrap around."""
         left_size, right_size = np.uint64(self._left_size), np.uint64(self._right_size)
         left, right = np.divmod(values, right_size)
         keys = np.array(self._round_keys, np.uint64)
