@@ -7,13 +7,15 @@ Exactness: half an epoch of 6,400 samples on two ranks, the other half on one, t
 Each loader is given the states of all old ranks and does with them what its interface offers. Energon has a tool that rewrites
 states for another number of ranks between runs, with as many workers in all; it is not used here.
 
-Time: the loader opened, its state restored and a batch read, at the start and near the end of an epoch of a million small texts.
+Time: the loader opened, its state restored and a batch read, in CPU time of its processes, at the start and near the end of an epoch
+of a million small texts.
 
 pip install -e '.[benchmarks]' brings all but Streaming, whose pinned versions exclude those of this project.
 """
 
 import argparse
 import json
+import os
 import statistics
 import tempfile
 import time
@@ -27,6 +29,7 @@ import torch.distributed as dist
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks.processes import cpu_seconds, family
 from benchmarks.resume_loaders import GLOBAL_BATCH, MICROBATCH, loaders, ready_set, state_bytes
 from benchmarks.tiny_set import make_tiny_set
 from megatron_keye.parallel.launch import run_ranks
@@ -84,11 +87,13 @@ def state_near_end(name: str, folder: Path, num_samples: int) -> Any:
     return loader.state()
 
 
-def first_batch_s(name: str, folder: Path, states: Sequence[Any]) -> float:
-    """Runs on one rank: seconds until a fresh loader has given a batch."""
+def first_batch(name: str, folder: Path, states: Sequence[Any]) -> tuple[float, float]:
+    """Runs on one rank: seconds until a fresh loader has given a batch, of CPU time with its workers' and by the clock."""
     began_s = time.perf_counter()
-    next(iter(loaders()[name](folder, 0, 1, states)))
-    return time.perf_counter() - began_s
+    began_cpu_s = cpu_seconds(family(os.getpid()))
+    batches = iter(loaders()[name](folder, 0, 1, states))
+    next(batches)
+    return cpu_seconds(family(os.getpid())) - began_cpu_s, time.perf_counter() - began_s
 
 
 def on_one_rank(function: partial) -> Any:
@@ -98,23 +103,27 @@ def on_one_rank(function: partial) -> Any:
 def restart_times(folder: Path, num_samples: int, repeats: int) -> dict[str, dict[str, Any]]:
     """Times of every loader at both ends, taken in turn."""
     ends = {name: on_one_rank(partial(state_near_end, name, folder, num_samples)) for name in loaders()}
-    found = {name: {"start_s": [], "end_s": [], "end_state_bytes": state_bytes(state)} for name, state in ends.items()}
+    found: dict[str, dict[str, Any]] = {name: {"end_state_bytes": state_bytes(state)} for name, state in ends.items()}
     for _ in range(repeats):
         for name, state in ends.items():
-            found[name]["start_s"].append(on_one_rank(partial(first_batch_s, name, folder, [])))
-            found[name]["end_s"].append(on_one_rank(partial(first_batch_s, name, folder, [state])))
+            for where, states in (("start", []), ("end", [state])):
+                cpu_s, wall_s = on_one_rank(partial(first_batch, name, folder, states))
+                found[name].setdefault(f"{where}_s", []).append(cpu_s)
+                found[name].setdefault(f"{where}_wall_s", []).append(wall_s)
     return found
 
 
 def report(exact: dict, times: dict, num_samples: int) -> Table:
-    title = f"never used / used again of {EXACT_SAMPLES:,} after 2 ranks became 1, 2, 4; first batch of {num_samples:,} samples, median"
+    title = (
+        f"never used / used again of {EXACT_SAMPLES:,} after 2 ranks became 1, 2, 4; CPU time to a batch of {num_samples:,} samples, median"
+    )
     table = Table(title=title)
     for column in ("loader", "2 to 1", "2 to 2", "2 to 4", "state, bytes a rank", "at the start, s", "at the end, s", "end / start"):
         table.add_column(column)
     for name, found in exact.items():
         outcomes = [_outcome(found[f"to_{world}"]) for world in NEXT_WORLDS]
         start_s, end_s = (statistics.median(times[name][key]) for key in ("start_s", "end_s"))
-        ratio = statistics.median(e / s for s, e in zip(times[name]["start_s"], times[name]["end_s"], strict=True))
+        ratio = end_s / max(start_s, 0.01)
         table.add_row(name, *outcomes, f"{found['state_bytes']:,}", f"{start_s:.3f}", f"{end_s:.3f}", f"{ratio:.2f}")
     return table
 
@@ -135,7 +144,7 @@ def plot(times: dict, path: Path) -> None:
         heights = [statistics.median(found[key]) for found in times.values()]
         axis.bar([place + 0.4 * number for place in range(len(times))], heights, 0.4, label=key.removesuffix("_s"))
     axis.set_xticks([place + 0.2 for place in range(len(times))], list(times))
-    axis.set_ylabel("seconds to the first batch")
+    axis.set_ylabel("CPU seconds to the first batch")
     axis.set_yscale("log")
     axis.legend()
     figure.tight_layout()
