@@ -34,6 +34,7 @@ COMMANDS = {
     "score": Command("score", "log-probabilities of the supervised tokens of chat samples"),
     "checkpoint": Command("checkpoint", "list the checkpoints of a run, compare their checksums, or show what is in one"),
     "ledger": Command("ledger", "prove from its files that a run used every sample once; show or compare what steps held"),
+    "remap": Command("remap", "let a stopped run go on with changed data, each sample once an epoch all the same"),
     "calibrate": Command("calibrate", "measure what samples cost on this machine, for the placement of a run"),
     "io-server": Command("io_server", "decode images and videos for training runs, or ask servers how they are"),
     "report": Command("report", "the starts of a run on SLURM: why each ended, what was lost, how much of the time trained"),
