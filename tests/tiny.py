@@ -17,11 +17,15 @@ from megatron_keye.data.dataset import Dataset
 from megatron_keye.data.indexing import index_folder, save_index
 from megatron_keye.data.tokenizer import load_tokenizer
 from megatron_keye.data.writing import plan_shards, write_shards
+from megatron_keye.errors import KeyeError
 from megatron_keye.parallel.groups import build_groups, prepare_megatron
 from megatron_keye.parallel.launch import run_ranks
+from megatron_keye.plan.cursor import Cursor
+from megatron_keye.plan.ledger import StepLine
 from megatron_keye.train.layouts import parse_layout
+from megatron_keye.train.ledger import read_ledger
 from megatron_keye.train.loop import Training
-from megatron_keye.train.placement import rank_grid
+from megatron_keye.train.placement import Planner, rank_grid
 from megatron_keye.train.run_dir import RunDir
 from megatron_keye.train.runtime import Runtime
 from megatron_keye.train.verify import gather_pieces, prepare_rank
@@ -146,8 +150,42 @@ def _train_rank(config: RunConfig, path: Path, hook: Hook) -> dict[str, Tensor]:
     return gather_pieces(training.model.pieces(), training.runtime.groups)
 
 
+def run_as(config, kind, path, hook):
+    """One start of a run on this rank; how it ended: (name, exit code, message) of the error, or None."""
+    run_dir = RunDir(path)
+    run_dir.create()
+    try:
+        kind(config, run_dir, runtime_here(config), hook).run()
+    except KeyeError as error:
+        return type(error).__name__, error.exit_code, str(error)
+
+
 def read_lines(path: Path) -> list[dict]:
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def steps_of(path):
+    """The step lines of a run's ledger."""
+    return [line for line in read_ledger(RunDir(path).ledger) if isinstance(line, StepLine)]
+
+
+def ask(name, step):
+    """A hook that puts the file `name` there before the step after `step` steps."""
+
+    def hook(training, phase, finished):
+        if phase == "step" and finished == step:
+            (training.run_dir.path / name).touch()
+
+    return hook
+
+
+def planned(dataset, config, steps):
+    """The plans of a run's first steps."""
+    plan_at, cursor, plans = Planner(config, num_replicas=1).over(dataset.plan_data), Cursor(), []
+    for _ in range(steps):
+        plan, cursor = plan_at(cursor)
+        plans.append(plan)
+    return plans
 
 
 def losses(path: Path) -> dict[int, float]:

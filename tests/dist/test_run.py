@@ -6,7 +6,6 @@ import shutil
 import signal
 import subprocess
 import sys
-from itertools import pairwise
 
 import pytest
 import torch
@@ -14,17 +13,16 @@ import torch
 from megatron_keye.checkpoint.store import checkpoints
 from megatron_keye.config.load import dump_config
 from megatron_keye.data.mixture import ONLY_SOURCE
-from megatron_keye.errors import KeyeError, LedgerError
+from megatron_keye.errors import LedgerError
 from megatron_keye.parallel.launch import WorkerError
 from megatron_keye.plan.cursor import Cursor
-from megatron_keye.plan.ledger import StepLine
 from megatron_keye.plan.ledger_proof import prove
 from megatron_keye.train import cli
-from megatron_keye.train.ledger import read_ledger, run_files
+from megatron_keye.train.ledger import run_files
 from megatron_keye.train.placement import Planner
 from megatron_keye.train.recorder import PHASES
 from megatron_keye.train.run_dir import RunDir
-from tests.tiny import HookedTraining, image_part, losses, no_hook, on_ranks, read_lines, runtime_here, tiny_record, train, write_part
+from tests.tiny import HookedTraining, ask, losses, no_hook, on_ranks, read_lines, run_as, steps_of, train
 
 EVERY_FIELD = {
     "step", "loss", "grad_norm", "lr", "supervised_tokens", "tokens", "visual_tokens", "samples", "step_time_s", "data_wait_s",
@@ -41,16 +39,6 @@ def die_in(phase, step, rank=0):
     def hook(training, now, finished):
         if (now, finished, training.runtime.groups.rank) == (phase, step, rank):
             os.kill(os.getpid(), signal.SIGKILL)
-
-    return hook
-
-
-def ask(name, step):
-    """A hook that puts the file `name` there before the step after `step` steps."""
-
-    def hook(training, phase, finished):
-        if phase == "step" and finished == step:
-            (training.run_dir.path / name).touch()
 
     return hook
 
@@ -86,11 +74,6 @@ def test_the_metrics_hold_every_field(straight):
         assert all(seconds >= 0 for seconds in parts)
         # Parts are means over ranks, the whole is that of the main rank; they end every step together.
         assert sum(parts) == pytest.approx(line["step_time_s"], rel=0.3, abs=0.05)
-
-
-def steps_of(path):
-    """The step lines of a run's ledger."""
-    return [line for line in read_ledger(RunDir(path).ledger) if isinstance(line, StepLine)]
 
 
 def test_the_ledger_is_the_plans_order_and_is_proved_from_the_files(tiny, straight):
@@ -181,18 +164,8 @@ def test_a_request_to_stop_before_the_first_step_saves_nothing(tiny, tmp_path):
             if phase == "load":
                 (self.run_dir.path / "STOP").touch()
 
-    on_ranks("dp2", tiny.config(), _run_as, Asked, tmp_path, hook)
+    on_ranks("dp2", tiny.config(), run_as, Asked, tmp_path, hook)
     assert steps_saved(tmp_path) == []
-
-
-def _run_as(config, kind, path, hook):
-    """One start of a run on this rank; how it ended: (name, exit code, message) of the error, or None."""
-    run_dir = RunDir(path)
-    run_dir.create()
-    try:
-        kind(config, run_dir, runtime_here(config), hook).run()
-    except KeyeError as error:
-        return type(error).__name__, error.exit_code, str(error)
 
 
 def test_save_saves_and_goes_on(tiny, tmp_path, straight):
@@ -277,108 +250,12 @@ def test_a_gradient_that_is_not_finite_is_skipped_on_all_ranks(tiny, tmp_path, s
 
 def test_too_many_such_steps_end_the_run(tiny, tmp_path):
     config = tiny.config("train.max_nonfinite_steps=1")
-    first, second = on_ranks("dp2", config, _run_as, HookedTraining, tmp_path, poisoned_steps({1, 3, 4}))
+    first, second = on_ranks("dp2", config, run_as, HookedTraining, tmp_path, poisoned_steps({1, 3, 4}))
     assert first[:2] == ("NumericError", 66)
     assert "2 steps had gradients that were not finite, and train.max_nonfinite_steps is 1; lower optimizer.lr" in first[2]
     assert second[:2] == ("PeerError", 66)
     assert steps_saved(tmp_path) == [2]
     assert not RunDir(tmp_path).is_done
-
-
-@pytest.fixture(scope="module")
-def texts(tmp_path_factory, tiny):
-    """A set of texts alone, one of them without an answer to learn."""
-    folder = tmp_path_factory.mktemp("texts")
-    (folder / "tokenizer").symlink_to(tiny.folder / "tokenizer")
-    question = {"id": "question", "messages": [{"role": "user", "content": "is anybody there?"}]}
-    return write_part(folder, "train", [tiny_record(2), tiny_record(8), question, tiny_record(14)])
-
-
-@pytest.mark.parametrize("layout", ["dp2", "pp2"])
-def test_steps_of_text_alone_train_and_a_step_without_answers_commits(tiny, texts, tmp_path, layout):
-    """With one sample a step a replica has none, and one step has nothing to learn from: no weight moves, the cursor does."""
-    config = tiny.config(f"data.train={texts}", "data.global_batch_samples=1", "train.steps=4", "optimizer.warmup_steps=0")
-
-    def hook(training, phase, finished):
-        if phase == "step" and training.runtime.is_main:
-            weight = next(training.model.chunks[0].parameters())
-            with (tmp_path / "sums").open("a") as file:
-                file.write(f"{weight.double().sum().item()!r}\n")
-
-    train(layout, config, tmp_path / "run", hook)
-    metrics, ledger = read_lines(RunDir(tmp_path / "run").metrics), steps_of(tmp_path / "run")
-    (empty,) = [line["step"] for line in metrics if line["supervised_tokens"] == 0]
-    assert [line.updated for line in ledger] == [step != empty for step in range(4)]
-    assert metrics[empty]["loss"] == 0.0
-    assert {line["visual_tokens"] for line in metrics} == {0}
-    assert sorted(line.samples for line in ledger) == [(0,), (1,), (2,), (3,)]
-    sums = [float(line) for line in (tmp_path / "sums").read_text().splitlines()]
-    assert [a == b for a, b in pairwise(sums)] == [step == empty for step in range(3)]
-
-
-def spoil_pictures(shard, count):
-    """Changes one byte of each of the first `count` PNG pictures of a tar."""
-    data = bytearray(shard.read_bytes())
-    at = -1
-    for _ in range(count):
-        at = data.index(b"\x89PNG", at + 1)
-        data[at + 60] ^= 0xFF
-    shard.write_bytes(data)
-
-
-@pytest.fixture
-def spoiled(tmp_path, tiny):
-    """A set of 8 pictures of which 3 are damaged after indexing."""
-    folder = tmp_path / "spoiled"
-    folder.mkdir()
-    (folder / "tokenizer").symlink_to(tiny.folder / "tokenizer")
-    (folder / "media").symlink_to(tiny.folder / "media")
-    messages = [{"role": "user", "content": [image_part(0)]}, {"role": "assistant", "content": "yes"}]
-    records = [{"id": f"p{number}", "messages": messages} for number in range(8)]
-    out = write_part(folder, "train", records)
-    spoil_pictures(next(iter(sorted(out.glob("*.tar")))), 3)
-    return out
-
-
-def test_samples_that_cannot_be_read_are_skipped_and_listed_wherever_they_were(tiny, spoiled, tmp_path, capfd):
-    """Those of every replica: each appears with its reason in the ledger, in the metrics and on the terminal."""
-    config = tiny.config(f"data.train={spoiled}", "data.global_batch_samples=8", "data.bad_sample=skip", "train.steps=1")
-    train("dp2", config, tmp_path / "run")
-    (line,) = steps_of(tmp_path / "run")
-    assert [skipped.sample for skipped in line.skipped] == [sample for sample in line.samples if sample < 3], "in the order of slots"
-    assert sorted(skipped.id for skipped in line.skipped) == ["p0", "p1", "p2"]
-    assert all("do not match their sha256" in skipped.reason for skipped in line.skipped)
-    assert read_lines(RunDir(tmp_path / "run").metrics)[0]["skipped_samples"] == 3
-    assert "step 1: left out p1: " in capfd.readouterr().err
-
-
-def test_too_many_skipped_samples_end_the_run_on_all_ranks_whatever_restarts_lie_between(tiny, spoiled, tmp_path):
-    """One sample a step, three of eight bad, two allowed: counts go on from the ledger at every start."""
-    budget = ("data.bad_sample=skip", "data.bad_sample_budget.max_count=2", "data.bad_sample_budget.max_fraction=0.0")
-    config = tiny.config(f"data.train={spoiled}", "data.global_batch_samples=1", "train.steps=8", "train.save_every_steps=1", *budget)
-    path = tmp_path / "run"
-    plans = planned(tiny.dataset(config), config, 8)
-    second, third = [plan.step for plan in plans if plan.members[0] < 3][1:]
-    assert on_ranks("dp2", config, _run_as, HookedTraining, path, ask("STOP", second)) == [None, None]
-    (path / "STOP").unlink()
-    first, other = on_ranks("dp2", config, _run_as, HookedTraining, path, no_hook)
-    assert first[:2] == ("DataError", 65)
-    assert (
-        f"3 of {third + 1} samples of source '{ONLY_SOURCE}' could not be read, and data.bad_sample_budget allows 2, or 0 % of them"
-        in first[2]
-    )
-    assert "do not match their sha256" in first[2] and "repair the data" in first[2]
-    assert other[:2] == ("PeerError", 65)
-    assert len(steps_of(path)) == third + 1
-
-
-def planned(dataset, config, steps):
-    """The plans of a run's first steps."""
-    plan_at, cursor, plans = Planner(config, num_replicas=1).over(dataset.plan_data), Cursor(), []
-    for _ in range(steps):
-        plan, cursor = plan_at(cursor)
-        plans.append(plan)
-    return plans
 
 
 def without_last_line(path):
@@ -391,7 +268,7 @@ def test_a_ledger_that_does_not_lead_to_the_checkpoint_is_refused_and_kept(tiny,
     (path / "DONE").unlink()
     without_last_line(RunDir(path).ledger)
     before = RunDir(path).ledger.read_bytes()
-    first, second = on_ranks("dp2", tiny.config("train.steps=9"), _run_as, HookedTraining, path, no_hook)
+    first, second = on_ranks("dp2", tiny.config("train.steps=9"), run_as, HookedTraining, path, no_hook)
     assert first[:2] == ("LedgerError", 65)
     assert "does not lead to the checkpoint after 6 steps: lines were lost or changed. Restore it, or move it away" in first[2]
     assert second[:2] == ("PeerError", 65)
@@ -406,7 +283,7 @@ def test_a_checkpoint_is_not_made_before_its_ledger_is_on_disk(tiny, tmp_path):
     def full():
         raise LedgerError("no space left")
 
-    first, second = on_ranks("dp2", tiny.config(), _run_as, HookedTraining, tmp_path, hook)
+    first, second = on_ranks("dp2", tiny.config(), run_as, HookedTraining, tmp_path, hook)
     assert first == ("LedgerError", 65, "no space left")
     assert second[:2] == ("PeerError", 65)
     assert steps_saved(tmp_path) == []
@@ -425,7 +302,7 @@ def test_a_run_that_goes_on_in_another_directory_is_proved_with_both(tiny, tmp_p
 
 def test_another_seed_cannot_go_on(tiny, tmp_path, straight):
     shutil.copytree(straight[0], tmp_path / "run")
-    first, second = on_ranks("dp2", tiny.config("train.seed=5", "train.steps=9"), _run_as, HookedTraining, tmp_path / "run", no_hook)
+    first, second = on_ranks("dp2", tiny.config("train.seed=5", "train.steps=9"), run_as, HookedTraining, tmp_path / "run", no_hook)
     assert first[:2] == ("CheckpointError", 65)
     assert "seed is 5, but was 0: set train.seed back" in first[2]
     assert second[:2] == ("PeerError", 65)
@@ -435,7 +312,7 @@ def test_another_batch_and_lookahead_go_on_and_use_every_sample_once(tiny, tmp_p
     """Six steps of 4 are one epoch of the 24 samples; then come a window of two steps of 8, and one of 8."""
     shutil.copytree(straight[0], tmp_path / "run")
     config = tiny.config("data.global_batch_samples=8", "data.lookahead.batches=2", "train.steps=9")
-    assert on_ranks("dp2", config, _run_as, HookedTraining, tmp_path / "run", no_hook) == [None, None]
+    assert on_ranks("dp2", config, run_as, HookedTraining, tmp_path / "run", no_hook) == [None, None]
     taken = [line.samples for line in steps_of(tmp_path / "run")]
     assert [len(samples) for samples in taken] == [4] * 6 + [8] * 3
     windows = [taken[:6], taken[6:8]]
