@@ -12,6 +12,7 @@ from megatron_keye.plan.cursor import Cursor
 from megatron_keye.plan.mixture import Source
 from megatron_keye.plan.types import ReplicaPlan
 from megatron_keye.train.calibration import open_calibration
+from megatron_keye.train.inputs import require_windows_fit
 from megatron_keye.train.placement import Planner
 
 
@@ -86,6 +87,7 @@ def _first_plan(config: RunConfig, processes: int) -> str:
     try:
         tokenizer = load_tokenizer(config.data.tokenizer, config.model.variant)
         dataset = open_samples(config.data.train, tokenizer, config.model.variant, config.data)
+        require_windows_fit(config.data, len(dataset))
         mixture = dataset.mixture(config.data, config.train.seed)
         calibration = open_calibration(config)
     except KeyeError as error:

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from megatron_keye.config.schema import RunConfig
+from megatron_keye.config.schema import DataConfig, RunConfig
 from megatron_keye.data.mixture import MixedDataset, open_samples
 from megatron_keye.data.tokenizer import KeyeTokenizer, load_tokenizer
 from megatron_keye.errors import SettingsError
@@ -28,8 +28,19 @@ def open_inputs(config: RunConfig) -> Inputs:
             f"{config.model.decoder.vocab_size}; use the model's own tokenizer, or raise vocab_size for a fresh model"
         )
     train = open_samples(data.train, tokenizer, variant, data)
+    require_windows_fit(data, len(train))
     valid = None if data.valid is None else open_samples(data.valid, tokenizer, variant, data)
     return Inputs(tokenizer, train, valid)
+
+
+def require_windows_fit(data: DataConfig, num_samples: int) -> None:
+    """Raises SettingsError where a lookahead window is larger than the training set: it would hold samples twice."""
+    batches, batch = data.lookahead.batches, data.global_batch_samples
+    if batches > 1 and batches * batch > num_samples:
+        raise SettingsError(
+            f"data.lookahead.batches * data.global_batch_samples = {batches} * {batch} = {batches * batch:,} samples are planned together, "
+            f"and {data.train} has {num_samples:,}; set data.lookahead.batches to {max(1, num_samples // batch)} or less"
+        )
 
 
 def start_loading(inputs: Inputs, config: RunConfig) -> Loading:
