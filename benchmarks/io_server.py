@@ -3,7 +3,7 @@
 Decoding here runs in as many processes as the server has workers, in their environment, so that caches are shared alike. One run on one
 machine; only the ratios mean something. Caching is off, because every repetition asks for the same clips:
 
-    python benchmarks/io_server.py --pairs 10 --workers 1
+    python -m benchmarks.io_server --pairs 10 --workers 1
 """
 
 import argparse

@@ -118,7 +118,7 @@ class MediaClient:
     """Asks the servers of `fleet`. All methods may be called from several threads."""
 
     def __init__(self, fleet: Fleet, settings: ClientSettings):
-        self._fleet, self.settings = fleet, settings
+        self.fleet, self.settings = fleet, settings
         self._connections = Connections(settings.timeouts, settings.secret)
         # Losers of hedges and cancelled attempts hold their threads for a moment.
         self._threads = ThreadPoolExecutor(3 * settings.requests, thread_name_prefix="media")
@@ -150,7 +150,7 @@ class _Fetch:
         self._client, self._job, self._stops = client, job, stops
         self._began_s = time.monotonic()
         self._deadline_s = self._began_s + client.settings.deadline_s
-        self._servers = deque(client._fleet.ranked(job.key))
+        self._servers = deque(client.fleet.ranked(job.key))
         self._running: dict[Future, tuple[Attempt, Server, bool]] = {}
         self._failed = self._crashed = 0
         self._is_final = False

@@ -68,6 +68,8 @@ class Fleet:
     decoder_id: str = ""
     """Servers of the registry that decode otherwise are never asked."""
     clock: Clock = time.monotonic
+    unlike: tuple[str, ...] = ()
+    """Servers of the registry that are not asked for that reason, as last read."""
     _servers: dict[str, Server] = field(default_factory=dict)
     _lock: threading.Lock = field(default_factory=threading.Lock)
     _read_s: float | None = None
@@ -84,5 +86,6 @@ class Fleet:
             return
         self._read_s = self.clock()
         leases = [] if self.registry is None else live_leases(self.registry)
+        self.unlike = tuple(lease.url for lease in leases if lease.decoder_id != self.decoder_id)
         wanted = dict.fromkeys((*self.urls, *(lease.url for lease in leases if lease.decoder_id == self.decoder_id)))
         self._servers = {url: self._servers.get(url) or Server(url, Breaker(self.clock)) for url in wanted}

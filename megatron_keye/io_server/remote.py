@@ -37,7 +37,10 @@ class RemoteMedia:
         """One line for people about where pixels came from so far."""
         counts = self.client.counts
         text = ", ".join(f"{count} {name}" for name, count in sorted(counts.values.items())) or "none asked for"
-        return f"media from servers: {text}" + (f"; the last failure: {counts.last_failure}" if counts.last_failure else "")
+        text = f"media from servers: {text}" + (f"; the last failure: {counts.last_failure}" if counts.last_failure else "")
+        if unlike := self.client.fleet.unlike:
+            text += f"; not asked, as they decode otherwise than {self.decoder_id}: {', '.join(unlike)}; `keye io-server status` says how"
+        return text
 
     def close(self) -> None:
         self.client.close()

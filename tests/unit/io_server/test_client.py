@@ -14,12 +14,12 @@ from tests.unit.io_server.serving import RunningServer, as_bytes, client_of, cli
 
 
 def first_choice(client, job):
-    return client._fleet.ranked(job.key)[0].url
+    return client.fleet.ranked(job.key)[0].url
 
 
 def in_order(job, servers):
     """Servers from first to last choice for `job`."""
-    urls = [server.url for server in client_of(*(server.url for server in servers))._fleet.ranked(job.key)]
+    urls = [server.url for server in client_of(*(server.url for server in servers)).fleet.ranked(job.key)]
     return sorted(servers, key=lambda server: urls.index(server.url))
 
 

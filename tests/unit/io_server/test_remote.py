@@ -17,6 +17,7 @@ from megatron_keye.data.sources import MediaCounts, ThreadSource
 from megatron_keye.data.stored import StoredMedium
 from megatron_keye.errors import DataError, KeyeError, SettingsError
 from megatron_keye.io_server.protocol import decoder_id
+from megatron_keye.io_server.registry import write_lease
 from megatron_keye.io_server.remote import RemoteSource, connect, job_of
 from tests.unit.io_server.serving import error_of, post
 
@@ -81,6 +82,16 @@ def test_all_servers_gone_means_local_pixels(indexed, tokenizer):
     assert media.client.counts.values["local"] == len(dataset.layouts(sample))
     assert remote.counts().media == MediaCounts(local=len(dataset.layouts(sample)), failed=1)
     assert "Connection refused" in media.summary()
+
+
+def test_servers_that_decode_otherwise_are_named(indexed, tokenizer, tmp_path):
+    write_lease(tmp_path, "http://old:7300", "another decoder", 4)
+    dataset, media = open_set(indexed[VARIANTS[0]], tokenizer, VARIANTS[0], registry=str(tmp_path))
+    sample = next(s for s in range(len(dataset)) if dataset.layouts(s))
+    remote = remote_source(dataset, media)
+    remote.read(sample, dataset.shape(sample))
+    assert remote.counts().media == MediaCounts(local=len(dataset.layouts(sample)))
+    assert f"not asked, as they decode otherwise than {media.decoder_id}: http://old:7300" in media.summary()
 
 
 def test_a_closed_source_waits_for_no_server_and_decodes_nothing(indexed, tokenizer):
