@@ -9,9 +9,8 @@ from megatron_keye.checkpoint.convert import open_model
 from megatron_keye.checkpoint.hf_config import read_hf_config
 from megatron_keye.checkpoint.tensors import TensorSource, dtype_counts, require_shapes, total_bytes
 from megatron_keye.config.schema import ModelConfig
+from megatron_keye.model.modules import MODULES, module_of
 from megatron_keye.model.tensors import canonical_shapes
-
-MODULES = {"visual.": "vision", "mlp_AR.": "projector", "model.": "decoder", "lm_head.": "decoder"}
 
 
 def describe(path: Path) -> str:
@@ -27,11 +26,6 @@ def describe(path: Path) -> str:
         require_shapes(source.folder, source.specs, canonical_shapes(model))
         lines = [f"{source.folder}: Hugging Face folder, {len(source.files)} weight files"]
     return "\n".join([*lines, *_model_lines(model), *_tensor_lines(source)])
-
-
-def module_of(name: str) -> str:
-    """vision, projector or decoder."""
-    return next(module for prefix, module in MODULES.items() if name.startswith(prefix))
 
 
 def _model_lines(model: ModelConfig) -> list[str]:
@@ -51,7 +45,7 @@ def _tensor_lines(source: TensorSource) -> list[str]:
     for name, spec in specs.items():
         parameters[module_of(name)] += prod(spec.shape)
     counts = ", ".join(f"{number} {dtype}" for dtype, number in dtype_counts(specs).items())
-    shares = ", ".join(f"{module} {parameters[module]:,}" for module in dict.fromkeys(MODULES.values()))
+    shares = ", ".join(f"{module} {parameters[module]:,}" for module in MODULES)
     return [
         f"tensors    {len(specs)} ({counts}), {total_bytes(specs) / 1e9:,.2f} GB",
         f"parameters {sum(parameters.values()):,}: {shares}",

@@ -1,7 +1,7 @@
 """Weights in Hugging Face folders: safetensors files, whole or in shards with an index. Never pickle."""
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from functools import cached_property, partial
 from pathlib import Path
 
@@ -93,13 +93,18 @@ class HfTensors:
 
 @torch.no_grad()
 def load_hf_weights(
-    folder: Path, pieces: Iterable[Piece], shapes: Mapping[str, tuple[int, ...]], world: ProcessGroup | None = None
+    folder: Path,
+    pieces: Iterable[Piece],
+    shapes: Mapping[str, tuple[int, ...]],
+    world: ProcessGroup | None = None,
+    counts: Callable[[str], bool] = lambda name: True,
 ) -> None:
     """Fill this rank's `pieces` of a model with the tensors `shapes`, converting to their type. All ranks of `world` must call it.
 
-    Raises CheckpointError on all ranks, before anything is written, with every tensor that is missing, unexpected or of another shape.
+    Raises CheckpointError on all ranks, before anything is written, with every tensor that is missing, unexpected or of another shape;
+    tensors of the folder that do not count, by name, may be anything.
     """
-    tensors = together(world, lambda: _checked(folder, shapes))
+    tensors = together(world, lambda: _checked(folder, shapes, counts))
     together(world, lambda: _fill(tensors, pieces))
 
 
@@ -119,9 +124,9 @@ def write_hf_weights(folder: Path, source: TensorSource, max_shard_bytes: int, o
         write_text(folder / INDEX_FILE, json.dumps(index, indent=2) + "\n")
 
 
-def _checked(folder: Path, shapes: Mapping[str, tuple[int, ...]]) -> HfTensors:
+def _checked(folder: Path, shapes: Mapping[str, tuple[int, ...]], counts: Callable[[str], bool]) -> HfTensors:
     tensors = HfTensors(folder)
-    require_shapes(folder, tensors.specs, shapes)
+    require_shapes(folder, {name: spec for name, spec in tensors.specs.items() if counts(name)}, shapes)
     return tensors
 
 

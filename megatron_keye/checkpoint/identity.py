@@ -18,7 +18,7 @@ NOT_IDENTITY = ("freeze", "init_from", "init_std", "vision.recompute", "decoder.
 
 def identity(model: ModelConfig, tokenizer: str) -> dict[str, int | float | str]:
     """Variant and sizes by dotted name, and the fingerprint of the tokenizer."""
-    values = {name: value for name, value in _flatten(model.model_dump(), "") if name not in NOT_IDENTITY}
+    values = {name: value for name, value in _flatten(model.model_dump(exclude={"init_parts"}), "") if name not in NOT_IDENTITY}
     return {**values, "tokenizer": tokenizer}
 
 

@@ -7,12 +7,12 @@ from dataclasses import dataclass
 from math import prod
 from pathlib import Path
 
-from megatron_keye.checkpoint.describe import module_of
 from megatron_keye.checkpoint.files import DTYPES, size_damage
 from megatron_keye.checkpoint.manifest import MANIFEST, Manifest, read_manifest
 from megatron_keye.checkpoint.store import checkpoints
 from megatron_keye.config.strict_yaml import parse_yaml
 from megatron_keye.errors import CheckpointError
+from megatron_keye.model.modules import MODULES, module_of
 
 
 @dataclass(frozen=True)
@@ -96,4 +96,4 @@ def tensor_groups(manifest: Manifest) -> list[TensorGroup]:
 
 def _order(group: tuple[str, str, str]) -> tuple:
     module, kind, dtype = group
-    return ("vision", "projector", "decoder").index(module), kind != "weight", kind, dtype
+    return MODULES.index(module), kind != "weight", kind, dtype

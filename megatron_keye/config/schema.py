@@ -67,6 +67,15 @@ class DecoderConfig(Section):
     """Activations recomputed in the backward pass: none, those of the attention kernel, or whole layers."""
 
 
+class InitParts(Section):
+    """Modules whose weights a run does not take from `model.init_from`: of each, another folder of the same kinds, or `fresh`."""
+
+    vision: str | None = None
+    projector: str | None = None
+    embedding: str | None = None
+    decoder: str | None = None
+
+
 class ModelConfig(Section):
     """Which model. `variant` fixes everything that differs between Keye-VL-8B-Preview and Keye-VL-1.5."""
 
@@ -78,6 +87,7 @@ class ModelConfig(Section):
     """Modules without weight gradients and optimizer state."""
     init_from: str | None = None
     """Hugging Face folder, checkpoint or run directory whose weights a run starts from; None starts from fresh ones."""
+    init_parts: InitParts = InitParts()
     init_std: float = 0.02
     """Standard deviation of fresh weights."""
 

@@ -20,7 +20,7 @@ from megatron_keye.plan.ledger import CHAIN_START, SourceCounts
 from megatron_keye.train import checkpointing
 from megatron_keye.train.calibration import COSTS, FLOPS
 from megatron_keye.train.consensus import failing_together, from_all_ranks, said_once
-from megatron_keye.train.initial_weights import start_from
+from megatron_keye.train.initial_weights import start_from_elsewhere
 from megatron_keye.train.inputs import Inputs
 from megatron_keye.train.ledger import LedgerWriter, rules_of
 from megatron_keye.train.live_export import LiveExport
@@ -58,8 +58,7 @@ class History:
                 cursor, chain = self._go_on(loaded), loaded.run.ledger
             else:
                 cursor, chain = Cursor(), CHAIN_START
-                if self._config.model.init_from is not None:
-                    self.notes = start_from(Path(self._config.model.init_from), step.model, step.optimizer)
+                self.notes = start_from_elsewhere(step.model, step.optimizer)
         self._open_ledger(cursor, chain)
         return cursor
 

@@ -87,6 +87,27 @@ def test_a_run_starts_from_a_checkpoint_of_another_layout(tiny, hf_folder, tmp_p
     assert [name for name in expected if not torch.equal(expected[name], found[name])] == []
 
 
+def test_modules_start_from_folders_of_their_own(tiny, hf_folder, tmp_path):
+    """The ViT comes from a run whose decoder is another one, the projector is fresh and the same at every layout."""
+    still = ("optimizer.lr=1e-30", "optimizer.weight_decay=0.0")
+    train("dp2", tiny.config("model.decoder.num_layers=2", "train.seed=5", *LAST), tmp_path / "vit")
+    parts = (f"model.init_parts.vision={tmp_path / 'vit'}", "model.init_parts.projector=fresh")
+    runs = {}
+    for layout in ("dp2", "tp2sp"):
+        train(layout, tiny.config(f"model.init_from={hf_folder}", *parts, *still, *LAST), tmp_path / layout)
+        runs[layout] = weights_of_export(tmp_path / layout, tmp_path / f"{layout}_hf")
+    found, other = runs.values()
+    trained, released = weights_of_export(tmp_path / "vit", tmp_path / "vit_hf"), weights_of(hf_folder)
+    for name, tensor in found.items():
+        assert torch.allclose(tensor, other[name], rtol=0, atol=1e-20), name
+        if name.startswith("visual."):
+            assert torch.equal(tensor, trained[name]), name
+        elif name.startswith("mlp_AR."):
+            assert not torch.equal(tensor, released[name].float()) or "norm" in name or "bias" in name, name
+        else:
+            assert torch.equal(tensor, released[name].float()), name
+
+
 def weights_of_export(run, output):
     export_hf(run, 1 << 30).write(output)
     return weights_of(output)
