@@ -22,7 +22,8 @@ VERIFY = """Prove from ledgers and checkpoints alone that a run took every posit
 
 Checked line by line: the hash chain; that steps follow each other; that no position is taken twice or left out, but for those that
 lookahead windows in progress still have; that positions, samples and epochs are those of the order that the ledger's head describes;
-and that every checkpoint holds the samples and the chain of the step it was saved after. The first problem ends it with exit code 65."""
+that what was due where data changed is the file in RUN_DIR/remaps, and leaves out no more than was used; and that every checkpoint holds
+the samples and the chain of the step it was saved after. The first problem ends it with exit code 65."""
 SHOW = """List the samples of a step: position, epoch, id and checksum from the ledger; source, task and tokens from the run's data,
 where it is still what the run was trained on."""
 DIFF = "Name the first step and slot in which two runs were trained on something else. Exit code 1 where there is one."
