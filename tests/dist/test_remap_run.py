@@ -37,14 +37,14 @@ def changed(tiny, tmp_path_factory):
 @pytest.fixture(scope="module")
 def stopped_after_3(tiny, tmp_path_factory):
     path = tmp_path_factory.mktemp("stopped")
-    train("dp2", tiny.config("train.steps=3"), path)
+    train("dp2", tiny.config("train.steps=3", "data.lookahead.batches=2"), path)
     (path / "DONE").unlink()
     return path
 
 
 @pytest.fixture
 def stopped(stopped_after_3, tmp_path):
-    """A copy of a run that ended after 3 steps of 4 of its 24 samples."""
+    """A copy of a run that ended after 3 steps of 4 of its 24 samples, in the middle of a lookahead window."""
     shutil.copytree(stopped_after_3, tmp_path / "run")
     return tmp_path / "run"
 
@@ -98,6 +98,8 @@ def test_changed_data_is_refused_then_remapped_and_every_sample_is_used_once(tin
     train("tp2sp", with_data(tiny, changed, "train.steps=7", "data.global_batch_samples=3"), stopped)
     (stopped / "DONE").unlink()
     train("dp2", config, stopped)
+    steps = [line for line in read_ledger(RunDir(stopped).ledger) if isinstance(line, StepLine)][:3]
+    assert sorted(position for line in steps for position in line.slot_positions) != list(range(12)), "a window was open"
     proof = prove([run_files(stopped)])
     assert (proof.steps, proof.num_samples, proof.segments) == (16, 3 * 4 + 4 * 3 + 9 * 4, 3)
     assert keye(capsys, "ledger", "verify", stopped)[0] == 0
@@ -107,7 +109,6 @@ def test_changed_data_is_refused_then_remapped_and_every_sample_is_used_once(tin
     first, second, *_ = (epochs[epoch] for epochs in [used(stopped)] for epoch in sorted(epochs))
     assert all(count == 1 for count in first.values()) and first.keys() >= new
     assert second.keys() == new and set(second.values()) == {1}
-    steps = [line for line in read_ledger(RunDir(stopped).ledger) if isinstance(line, StepLine)][:3]
     early = {sample for line in steps for sample in zip(line.ids, line.crc32, strict=True)}
     gone = {name for name, _ in early - new}
     assert gone == {f"t{EDITED}", f"t{DROPPED}"}, "both were used before"
