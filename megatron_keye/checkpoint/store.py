@@ -13,6 +13,7 @@ nor helper, and every tool can read them.
 import re
 import shutil
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -64,7 +65,8 @@ class UnfinishedCheckpoint:
     def __init__(self, folder: Path, run: RunRecord, identity: Identity, keep: Keep, world: ProcessGroup | None):
         """Raises CheckpointError on all ranks where `folder` cannot be written to."""
         self._run, self._identity, self._keep, self._world = run, identity, keep, world
-        self._incomplete = on_first_rank(world, lambda: _start(folder, run.step))
+        with self._remedy(folder):
+            self._incomplete = on_first_rank(world, lambda: _start(folder, run.step))
 
     def write(self, parts: list[SavedPart]) -> Written:
         """Write this rank's file. No collective: any thread may call it."""
@@ -76,14 +78,22 @@ class UnfinishedCheckpoint:
         `written` gives what `write` returned on this rank, or raises as it did; then CheckpointError is raised on all ranks, and earlier
         checkpoints stay as they were.
         """
+        with self._remedy(self._incomplete.parent):
+            try:
+                ranks = gather(self._world, together(self._world, written))
+                return on_first_rank(self._world, lambda: _commit(self._incomplete, merge(self._run, self._identity, ranks), self._keep))
+            except CheckpointError:
+                if rank_of(self._world) == 0:
+                    shutil.rmtree(self._incomplete, ignore_errors=True)
+                raise
+
+    @contextmanager
+    def _remedy(self, folder: Path) -> Iterator[None]:
         try:
-            ranks = gather(self._world, together(self._world, written))
-            return on_first_rank(self._world, lambda: _commit(self._incomplete, merge(self._run, self._identity, ranks), self._keep))
+            yield
         except CheckpointError as error:
-            if rank_of(self._world) == 0:
-                shutil.rmtree(self._incomplete, ignore_errors=True)
             raise CheckpointError(
-                f"Step {self._run.step} could not be saved in {self._incomplete.parent}; earlier checkpoints there are untouched. "
+                f"Step {self._run.step} could not be saved in {folder}; earlier checkpoints there are untouched. "
                 f"Make room or repair the folder, and resume.\n{error}"
             ) from error
 

@@ -37,6 +37,16 @@ def test_what_is_saved_is_loaded(tmp_path, tensors, max_shard_bytes):
         assert torch.equal(piece.view, tensors[piece.name])
 
 
+def test_a_part_is_loaded_whatever_the_rest_is(tmp_path, tensors):
+    """Only the tensors that count have to be those of the model."""
+    save_hf_weights(tmp_path, tensors, 1 << 20)
+    (part,) = pieces = [whole("a.weight", SHAPES["a.weight"])]
+    load_hf_weights(tmp_path, pieces, shapes_of(pieces), counts=lambda name: name.startswith("a."))
+    assert torch.equal(part.view, tensors["a.weight"])
+    with pytest.raises(CheckpointError, match="b.bias .* is not of this model"):
+        load_hf_weights(tmp_path, pieces, shapes_of(pieces))
+
+
 def test_shards_keep_order_and_size(tmp_path, tensors):
     save_hf_weights(tmp_path, tensors, max_shard_bytes=100)
     index = json.loads((tmp_path / INDEX_FILE).read_text())
