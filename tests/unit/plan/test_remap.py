@@ -43,13 +43,13 @@ class SimulatedRun:
 
     def __init__(self, first, second):
         self.sets, self.files, self.lines, self.used, self.rules = [first, second], {}, [], {}, None
-        self.num_complete = [0, 0]
+        self.num_complete, self.weights = [0, 0], WEIGHTS
         self.state = ResumeState(Cursor(), self.wanted())
 
     def wanted(self):
         """What a start with the sets as they are now would have."""
         sources = [Source(f"set{n}", sha256(repr(keys).encode()).hexdigest(), len(keys), 3) for n, keys in enumerate(self.sets)]
-        return fresh_mixture(sources, WEIGHTS, seed=3, blocks_per_window=2)
+        return fresh_mixture(sources, self.weights, seed=3, blocks_per_window=2)
 
     def due(self, remap):
         return self.files[remap.sha256]
@@ -132,19 +132,21 @@ def changed(keys, removed, edited, added, name, generation):
 
 lookaheads = st.builds(Lookahead, batches=st.integers(1, 5), canonical_replicas=st.integers(1, 4), cost=st.just(COST))
 numbers = st.sets(st.integers(0, 16), max_size=6)
+weights = st.sampled_from([WEIGHTS, WEIGHTS[::-1], (CYCLE, 0)])
 edits = st.none() | st.tuples(numbers, numbers, st.integers(0, 9))
-stages = st.lists(st.tuples(st.integers(0, 9), st.integers(1, 7), lookaheads, edits, edits), min_size=1, max_size=5)
+stages = st.lists(st.tuples(st.integers(0, 9), st.integers(1, 7), lookaheads, weights, edits, edits), min_size=1, max_size=4)
 
 
-@settings(max_examples=25)
+@settings(max_examples=20)
 @given(stages, st.integers(1, 16), st.integers(1, 16))
 def test_every_sample_is_used_once_an_epoch_however_data_change(stages, num_first, num_second):
     run = SimulatedRun(records("a", num_first), records("b", num_second)).steps(0)
-    for generation, (steps, batch, lookahead, *both) in enumerate(stages, start=1):
+    for generation, (steps, batch, lookahead, run.weights, *both) in enumerate(stages, start=1):
         run.steps(steps, batch, lookahead)
         run.change(*(
             keys if edit is None else changed(keys, *edit, name, generation) for keys, edit, name in zip(run.sets, both, "ab", strict=True)
         ))  # fmt: skip
+    run.weights = WEIGHTS
     run.steps(32, 16)
     run.check_complete(run.proved().standings())
     assert min(run.num_complete) > 0
@@ -187,6 +189,13 @@ def test_the_state_stays_small_and_is_read_back():
     assert len(run.state.to_json()) < 800
     assert run.state.cursor.stretches == ()
     assert run.state.mixture.stages[0].position == run.state.cursor.position == 448
+
+
+def test_lines_of_data_that_never_changed_are_as_they_were_before_there_were_remaps():
+    run = small_run()
+    assert "remap" not in "".join(map(line_text, run.lines))
+    run.change(run.sets[0][1:], run.sets[1]).steps(1)
+    assert line_text(run.lines[place_of_remap(run)]).count('"remap"') == 1
 
 
 def test_how_data_changed_is_counted():
