@@ -5,6 +5,7 @@
 3. Pixels are grouped by the rank and round that will encode them.
 """
 
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
@@ -12,9 +13,12 @@ import numpy as np
 
 from megatron_keye.contract.media import PATCH_VALUES, SampleShape
 from megatron_keye.contract.rows import RowTokens
-from megatron_keye.data.sources import NO_MEDIA, LoadCounts, LoadedSample, MediaCounts, Source
+from megatron_keye.data.sources import NO_MEDIA, LoadCounts, LoadedSample, MediaCounts, Requests, Source, read_each
 from megatron_keye.errors import DataError
 from megatron_keye.plan.types import EncodeTask, ReplicaPlan, Row
+
+GROUP_SAMPLES = 16
+"""Most texts that are asked for at a time."""
 
 
 @dataclass(frozen=True)
@@ -63,8 +67,9 @@ class ReplicaLoader:
         """Everything the replica needs for one step. Raises DataError for a sample that cannot be read, unless it is skipped."""
         before = self.counts
         shapes = {document.sample: document.shape for row in plan.rows for document in row.documents}
-        results = self._pool.map(self._read, shapes.keys(), shapes.values())
-        loaded = dict(zip(shapes, results, strict=True))
+        groups = read_together(shapes, self._source.threads)
+        results = self._pool.map(self._read_group, [[(sample, shapes[sample]) for sample in group] for group in groups])
+        loaded = {sample: result for group, own in zip(groups, results, strict=True) for sample, result in zip(group, own, strict=True)}
         rows = [self._row(row, loaded) for row in plan.rows]
         patches: dict[tuple[int, int], list[np.ndarray]] = {}
         for task in plan.tasks:
@@ -79,13 +84,19 @@ class ReplicaLoader:
         self._source.close()
         self._pool.shutdown(wait=True)
 
-    def _read(self, sample: int, shape: SampleShape) -> LoadedSample | SkippedSample:
-        try:
-            return self._source.read(sample, shape)
-        except DataError as error:
-            if not self._skip_bad:
-                raise
-            return SkippedSample(sample, self._source.sample_id(sample), str(error))
+    def _read_group(self, samples: Requests) -> list[LoadedSample | SkippedSample]:
+        if len(samples) == 1:
+            results = read_each(self._source.read, samples)
+        else:
+            results = self._source.read_group(samples)
+        return [self._unless_bad(sample, result) for (sample, _), result in zip(samples, results, strict=True)]
+
+    def _unless_bad(self, sample: int, result: LoadedSample | DataError) -> LoadedSample | SkippedSample:
+        if not isinstance(result, DataError):
+            return result
+        if not self._skip_bad:
+            raise result
+        return SkippedSample(sample, self._source.sample_id(sample), str(result))
 
     def _row(self, row: Row, loaded: dict) -> RowTokens:
         token_ids = np.full(row.num_tokens, self._pad_id, dtype=np.int64)
@@ -116,6 +127,15 @@ def loading_cost(bytes_read: int, loader_bytes: int, replica_size: int) -> str:
 
 def _in_mb(num_bytes: int) -> str:
     return f"{num_bytes / 1e6:,.1f} MB"
+
+
+def read_together(shapes: Mapping[int, SampleShape], threads: int) -> list[list[int]]:
+    """Samples by the request that reads them: those with media alone, and first, as they take longest; texts in groups, as a request costs
+    more than a short text does, but in so many that every thread has one."""
+    texts = [sample for sample, shape in shapes.items() if not shape.segments]
+    size = max(1, min(GROUP_SAMPLES, -(-len(texts) // threads)))
+    alone = [[sample] for sample, shape in shapes.items() if shape.segments]
+    return alone + [texts[start : start + size] for start in range(0, len(texts), size)]
 
 
 def replica_pixel_bytes(plan: ReplicaPlan) -> int:

@@ -1,7 +1,7 @@
 """Where a loader gets its samples: what every source offers, and the one that reads in threads of this process."""
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import astuple, dataclass
 from typing import Protocol
 
@@ -9,6 +9,7 @@ import numpy as np
 
 from megatron_keye.contract.media import SampleShape
 from megatron_keye.data.tokenize import TokenizedSample
+from megatron_keye.errors import DataError
 
 
 @dataclass(frozen=True, eq=False)
@@ -56,6 +57,11 @@ class Samples(Protocol):
     def sample_id(self, sample: int) -> str: ...
 
 
+Requests = Sequence[tuple[int, SampleShape]]
+"""Samples, and the shapes that they were planned with."""
+Results = list[LoadedSample | DataError]
+
+
 class Source(Protocol):
     """Reads samples, `threads` at a time. Every method may be called from several threads."""
 
@@ -65,6 +71,10 @@ class Source(Protocol):
         """One sample, which was planned with `shape`. Raises DataError where it cannot be read, now or ever."""
         ...
 
+    def read_group(self, samples: Requests) -> Results:
+        """Several small samples at once, in order; a DataError in the place of one that cannot be read."""
+        ...
+
     def sample_id(self, sample: int) -> str: ...
 
     def counts(self) -> LoadCounts: ...
@@ -72,6 +82,17 @@ class Source(Protocol):
     def close(self) -> None:
         """Return soon: what is being read is not wanted any more."""
         ...
+
+
+def read_each(read: Callable[[int, SampleShape], LoadedSample], samples: Requests) -> Results:
+    """`Source.read_group` of a source to which it makes no difference."""
+    results: Results = []
+    for sample, shape in samples:
+        try:
+            results.append(read(sample, shape))
+        except DataError as error:
+            results.append(error)
+    return results
 
 
 class ThreadSource:
@@ -88,6 +109,9 @@ class ThreadSource:
             self._num_samples += 1
         with self._reading:
             return LoadedSample(self._samples.tokens(sample), self._samples.pixels(sample))
+
+    def read_group(self, samples: Requests) -> Results:
+        return read_each(self.read, samples)
 
     def sample_id(self, sample: int) -> str:
         return self._samples.sample_id(sample)

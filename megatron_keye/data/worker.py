@@ -1,5 +1,5 @@
-"""The loop of a worker process: it opens the data sets of a run and answers one sample at a time, into the memory file that comes
-with the request. `workers.py` starts it, and replaces it when it dies, hangs or runs out of memory.
+"""The loop of a worker process: it opens the data sets of a run and answers one request at a time, into the memory file that comes
+with it. `workers.py` starts it, and replaces it when it dies, hangs or runs out of memory.
 
 Nothing here needs torch; what opens the data sets, and does, is handed in.
 """
@@ -14,6 +14,7 @@ from typing import Any, BinaryIO, Protocol
 
 import numpy as np
 
+from megatron_keye.contract.media import PATCH_VALUES
 from megatron_keye.data import messages
 from megatron_keye.data.limits import end_with_parent, is_out_of_memory, limit_memory
 from megatron_keye.data.sources import Samples
@@ -30,9 +31,19 @@ OpenSets = Callable[[list[dict[str, Any]]], Sequence[CountedSamples]]
 """Opens the data sets of the first message."""
 
 
+TOKEN_BYTES = 5
+"""An int32 id and a bool."""
+
+
+def result_bytes(num_tokens: int, num_patches: int) -> int:
+    """What a sample takes in the memory file."""
+    return num_tokens * TOKEN_BYTES + num_patches * PATCH_VALUES
+
+
 def serve(sock: socket.socket, opener: OpenSets) -> None:
-    """Open what the first message names, then answer until the other side closes. A request is {"set", "sample", "num_tokens",
-    "num_patches"} with a memory file; the answer {"bytes_read"}, or {"error", "message"}."""
+    """Open what the first message names, then answer until the other side closes. A request is {"set", "samples"}, of each
+    sample (number, tokens, patches), with a memory file for all of them one after another; the answer {"bytes_read", "failed"}, of each
+    sample that could not be read (place in the request, code, message), or {"error": "oom", "message"}."""
     setup, _ = messages.receive(sock)
     try:
         sets = opener(setup["sets"])
@@ -50,24 +61,27 @@ def serve(sock: socket.socket, opener: OpenSets) -> None:
 
 
 def _answer(samples: CountedSamples, job: dict[str, Any], fd: int) -> dict[str, Any]:
-    before_bytes = samples.bytes_read()
-    try:
-        with open(fd, "wb") as slab:
-            slab.seek(0)  # the position is shared with whoever had the file before
-            _write(samples, job, slab)
-    except Exception as error:
-        code = _code(error)
-        text = "".join(traceback.format_exception(error)) if code == "internal" else str(error)
-        return {"error": code, "message": text}
-    return {"bytes_read": samples.bytes_read() - before_bytes}
+    before_bytes, failed, start = samples.bytes_read(), [], 0
+    with open(fd, "wb") as slab:
+        for place, (sample, num_tokens, num_patches) in enumerate(job["samples"]):
+            try:
+                slab.seek(start)  # the position is shared with whoever had the file before
+                _write(samples, sample, (num_tokens, num_patches), slab)
+            except Exception as error:
+                code = _code(error)
+                if code == "oom":
+                    return {"error": code, "message": str(error)}
+                failed.append([place, code, "".join(traceback.format_exception(error)) if code == "internal" else str(error)])
+            start += result_bytes(num_tokens, num_patches)
+    return {"bytes_read": samples.bytes_read() - before_bytes, "failed": failed}
 
 
-def _write(samples: Samples, job: dict[str, Any], slab: BinaryIO) -> None:
+def _write(samples: Samples, sample: int, planned: tuple[int, int], slab: BinaryIO) -> None:
     """int32 token ids, bool supervision, uint8 patches, without gaps."""
-    tokens, patches = samples.tokens(job["sample"]), samples.pixels(job["sample"])
+    tokens, patches = samples.tokens(sample), samples.pixels(sample)
     found = (len(tokens.token_ids), sum(len(p) for p in patches))
-    if found != (job["num_tokens"], job["num_patches"]):
-        raise AssertionError(f"found {found} tokens and patches, but {job['num_tokens'], job['num_patches']} were planned")
+    if found != planned:
+        raise AssertionError(f"found {found} tokens and patches, but {planned} were planned")
     slab.write(np.ascontiguousarray(tokens.token_ids, dtype=np.int32))
     slab.write(np.ascontiguousarray(tokens.supervised, dtype=bool))
     for segment in patches:

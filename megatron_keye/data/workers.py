@@ -24,16 +24,15 @@ from megatron_keye.contract.media import PATCH_VALUES, SampleShape
 from megatron_keye.data import messages
 from megatron_keye.data.limits import WORKER_ENVIRONMENT
 from megatron_keye.data.slabs import Slab
-from megatron_keye.data.sources import LoadCounts, LoadedSample
+from megatron_keye.data.sources import LoadCounts, LoadedSample, Requests, Results, read_each
 from megatron_keye.data.tokenize import TokenizedSample
+from megatron_keye.data.worker import TOKEN_BYTES, result_bytes
 from megatron_keye.errors import DataError, KeyeError, SettingsError, UnreachableError
 
 WORKER_COMMAND = (sys.executable, "-m", "megatron_keye.data.decode_worker")
 START_TIMEOUT_S = 120.0
 CLOSE_GRACE_S = 2.0
 """What is being read when a source is closed may finish within this time; its worker is killed after it."""
-TOKEN_BYTES = 5
-"""An int32 id and a bool."""
 
 
 @dataclass(frozen=True)
@@ -180,14 +179,39 @@ class WorkerSource:
 
     def read(self, sample: int, shape: SampleShape) -> LoadedSample:
         """As `Source.read`. Raises DataError also where two workers in turn failed on the sample."""
-        num_patches = shape.num_patches
-        job = {"set": self._set_number, "sample": sample, "num_tokens": shape.num_tokens, "num_patches": num_patches}
-        slab = Slab(shape.num_tokens * TOKEN_BYTES + num_patches * PATCH_VALUES)
+        requests, slab = [(sample, shape)], Slab(_num_bytes(shape))
         with self._idle_worker() as worker:
-            reply = self._ask(worker, job, slab)
-        self._count(samples=1, bytes_read=reply.get("bytes_read", 0))
-        _raise_error(reply)
-        return _unpack(slab.view(), shape)
+            reply = self._ask(worker, self._job(requests), slab)
+        (result,) = self._results(requests, reply, slab)
+        if isinstance(result, DataError):
+            raise result
+        return result
+
+    def read_group(self, samples: Requests) -> Results:
+        """As `Source.read_group`. Where a worker is lost over a group, each sample of it is read alone, and so the one to blame found."""
+        slab = Slab(sum(_num_bytes(shape) for _, shape in samples))
+        with self._idle_worker() as worker:
+            self._check_open()
+            try:
+                reply = worker.ask(self._job(samples), slab)
+            except WorkerFailed:
+                self._count(worker_failures=1)
+                reply = None
+        return read_each(self.read, samples) if reply is None else self._results(samples, reply, slab)
+
+    def _job(self, samples: Requests) -> dict[str, Any]:
+        return {"set": self._set_number, "samples": [[sample, shape.num_tokens, shape.num_patches] for sample, shape in samples]}
+
+    def _results(self, samples: Requests, reply: dict[str, Any], slab: Slab) -> Results:
+        """Raises what is wrong with more than a sample."""
+        self._count(samples=len(samples), bytes_read=reply["bytes_read"])
+        failed = {place: _error(code, message) for place, code, message in reply["failed"]}
+        for error in failed.values():
+            if not isinstance(error, DataError):
+                raise error
+        ends = np.cumsum([_num_bytes(shape) for _, shape in samples])
+        parts = zip(samples, np.split(slab.view(), ends[:-1]), strict=True)
+        return [failed.get(place) or _unpack(payload, shape) for place, ((_, shape), payload) in enumerate(parts)]
 
     def counts(self) -> LoadCounts:
         return self._counts
@@ -211,7 +235,7 @@ class WorkerSource:
                 self._count(worker_failures=1)
         self._check_open()
         raise DataError(
-            f"record {self.sample_id(job['sample'])}: two decode workers in turn failed on it: one {failures[0]}; the other "
+            f"record {self.sample_id(job['samples'][0][0])}: two decode workers in turn failed on it: one {failures[0]}; the other "
             f"{failures[1]}; raise the limit that it names, repair or remove the sample, or set data.bad_sample=skip"
         )
 
@@ -238,12 +262,13 @@ class WorkerSource:
             self._counts = LoadCounts(now.samples + samples, now.bytes_read + bytes_read, now.worker_failures + worker_failures)
 
 
-def _raise_error(reply: dict[str, Any]) -> None:
-    """Raise what the worker met, as what it was."""
-    if "error" not in reply:
-        return
-    kinds = {"data": DataError, "unreachable": UnreachableError}
-    raise kinds.get(reply["error"], KeyeError)(reply["message"])
+def _error(code: str, message: str) -> KeyeError:
+    """What the worker met, as what it was."""
+    return {"data": DataError, "unreachable": UnreachableError}.get(code, KeyeError)(message)
+
+
+def _num_bytes(shape: SampleShape) -> int:
+    return result_bytes(shape.num_tokens, shape.num_patches)
 
 
 def _unpack(payload: np.ndarray, shape: SampleShape) -> LoadedSample:

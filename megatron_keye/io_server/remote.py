@@ -12,7 +12,7 @@ from megatron_keye.config.schema import DataConfig, MediaConfig
 from megatron_keye.contract.media import PATCH_VALUES, SampleShape
 from megatron_keye.data.dataset import Dataset
 from megatron_keye.data.media.fingerprint import pixel_fingerprint
-from megatron_keye.data.sources import LoadCounts, LoadedSample, MediaCounts, Source
+from megatron_keye.data.sources import LoadCounts, LoadedSample, MediaCounts, Requests, Results, Source, read_each
 from megatron_keye.data.stored import StoredMedium
 from megatron_keye.errors import DataError, KeyeError, SettingsError
 from megatron_keye.io_server.attempts import Timeouts
@@ -70,6 +70,9 @@ class RemoteSource:
             self._num_samples += 1
             self._remote += len(media)
         return LoadedSample(self._dataset.tokens(sample), patches)
+
+    def read_group(self, samples: Requests) -> Results:
+        return read_each(self.read, samples)
 
     def counts(self) -> LoadCounts:
         """Of both ways; bytes that servers read are theirs. Failed and hedged requests are those of all sources together."""

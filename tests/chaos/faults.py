@@ -8,7 +8,7 @@ from dataclasses import replace
 from megatron_keye.contract.media import SampleShape
 from megatron_keye.data.loader import ReplicaLoader
 from megatron_keye.data.mixture import MixedDataset
-from megatron_keye.data.sources import LoadCounts, LoadedSample, Source, ThreadSource
+from megatron_keye.data.sources import LoadCounts, LoadedSample, Requests, Results, Source, ThreadSource, read_each
 from megatron_keye.plan.cursor import Cursor
 from megatron_keye.plan.mixture import Mixture
 from tests.chaos.rank import WatchedFeed, WatchedTraining
@@ -48,6 +48,9 @@ class ArrivalOrderSource:
             self._changed.notify_all()
             self._changed.wait_for(lambda: len(arrived) > ticket)
             return arrived[ticket]
+
+    def read_group(self, samples: Requests) -> Results:
+        return read_each(self.read, samples)
 
     def counts(self) -> LoadCounts:
         return self._source.counts()

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from megatron_keye.contract.media import PATCH_VALUES, PatchGrid, SampleShape, Segment
-from megatron_keye.data.loader import ReplicaLoader, patch_counts, replica_pixel_bytes
+from megatron_keye.data.loader import ReplicaLoader, patch_counts, read_together, replica_pixel_bytes
 from megatron_keye.data.sources import ThreadSource
 from megatron_keye.data.tokenize import TokenizedSample
 from megatron_keye.errors import DataError
@@ -124,3 +124,15 @@ def test_decoding_runs_beside_the_caller():
     samples = Samples()
     load(samples)
     assert threading.get_ident() not in samples.threads
+
+
+GROUPS = [(0, 2, []), (1, 4, [1]), (5, 2, [3, 2]), (40, 2, [16, 16, 8]), (4, 8, [1, 1, 1, 1])]
+
+
+@pytest.mark.parametrize(("num_texts", "threads", "sizes"), GROUPS)
+def test_texts_are_read_in_groups_and_media_alone_and_first(num_texts, threads, sizes):
+    shapes = {n: SampleShape(5) for n in range(num_texts)} | dict.fromkeys((100, 101), SHAPES[3])
+    groups = read_together(shapes, threads)
+    assert groups[:2] == [[100], [101]]
+    assert [len(group) for group in groups[2:]] == sizes
+    assert sorted(sample for group in groups for sample in group) == sorted(shapes)

@@ -86,6 +86,37 @@ def test_the_second_time_the_sample_is_to_blame(tmp_path, deed):
         assert_is_sample(read(source, 2), 2)
 
 
+def read_group(source, samples):
+    return source.read_group([(sample, fake_shape(sample)) for sample in samples])
+
+
+def test_a_group_is_read_as_its_samples_are_alone(tmp_path):
+    with fake_pool(tmp_path, {"6": ["data"]}) as pool:
+        source = fake_source(pool)
+        results = read_group(source, [3, 6, 1, 5, 9])
+        for sample, result in zip([3, 6, 1, 5, 9], results, strict=True):
+            if sample == 6:
+                assert isinstance(result, DataError) and str(result) == "the picture is cut off"
+            else:
+                assert_is_sample(result, sample)
+        assert (source.counts().samples, source.counts().bytes_read) == (5, 5 * BYTES_PER_SAMPLE)
+
+
+@pytest.mark.parametrize("deed", ["kill", "bloat"])
+def test_a_worker_lost_over_a_group_blames_only_the_sample_that_does_it_again(tmp_path, deed):
+    with fake_pool(tmp_path, {"6": [deed] * 3, "9": [deed]}) as pool:
+        first, second, third, fourth = read_group(fake_source(pool), [3, 6, 9, 12])
+        assert isinstance(second, DataError) and "record id6: two decode workers in turn failed on it" in str(second)
+        for sample, result in ((3, first), (9, third), (12, fourth)):
+            assert_is_sample(result, sample)
+
+
+@pytest.mark.parametrize("word", ["unreachable", "bug"])
+def test_what_is_wrong_with_more_than_a_sample_ends_the_group(tmp_path, word):
+    with fake_pool(tmp_path, {"6": [word]}) as pool, pytest.raises(KeyeError, match="does not answer|a bug"):
+        read_group(fake_source(pool), [3, 6])
+
+
 def plan_of(samples):
     rows = tuple(Row((Document(s, fake_shape(s), 0, 16),), 16) for s in samples)
     tasks = tuple(EncodeTask(r, 0, n, 0, 0) for r, s in enumerate(samples) for n in range(len(fake_shape(s).segments)))
