@@ -86,11 +86,13 @@ def test_a_server_that_hangs_changes_nothing_and_costs_little(tiny, local, serve
 
 
 def test_a_server_that_is_late_by_seconds_is_hedged_and_changes_nothing(tiny, local, servers, tmp_path):
-    late = SlowPath(servers[0].url, delay_s=2.0)
-    fleet = f"data.media.servers=[{late.url}, {servers[1].url}]"
+    # Which server is asked for what depends on their ports, so most of them are late: the chance that none is asked is 1 in 4,096.
+    late = [SlowPath(servers[0].url, delay_s=2.0).url for _ in range(3)]
+    fleet = f"data.media.servers=[{', '.join(late)}, {servers[1].url}]"
     path, weights, counts_by_rank = run_with_servers(tiny, tmp_path, {}, fleet, "data.media.hedge_after_s=0.2")
     assert_same_run(path, weights, local)
     metrics = read_lines(RunDir(path).metrics)
-    assert sum(line["media_hedged"] for line in metrics) == sum(counts["hedged"] for counts in counts_by_rank) > 0
-    assert sum(line["media_remote"] for line in metrics) == sum(counts["remote"] for counts in counts_by_rank) > 0
+    # Servers are also asked in the validation, which is no step.
+    assert 0 < sum(line["media_hedged"] for line in metrics) <= sum(counts["hedged"] for counts in counts_by_rank)
+    assert 0 < sum(line["media_remote"] for line in metrics) <= sum(counts["remote"] for counts in counts_by_rank)
     assert all(line["media_local"] == line["media_failed"] == 0 for line in metrics)
