@@ -9,7 +9,7 @@ from megatron_keye.errors import CheckpointError, PlanError
 from megatron_keye.plan.cost import CostModel
 from megatron_keye.plan.digest import LEDGER_START
 from megatron_keye.plan.lookahead import Lookahead
-from megatron_keye.plan.mixture import Mixture, Source, Stage, continued
+from megatron_keye.plan.mixture import Mixture, Source, Stage, Standing, continued
 from megatron_keye.plan.remap import NO_REMAP, Remap
 from megatron_keye.plan.windows import Progress, Stretch
 
@@ -96,14 +96,10 @@ class ResumeState:
             )
         return replace(self, mixture=mixture.since(progress.base))
 
-    def remapped(self, sources: Sequence[Source]) -> "ResumeState":
+    def remapped(self, sources: Sequence[Source], standings: Sequence[Standing]) -> "ResumeState":
         """The state from which a run with these `sources`, whose data changed, goes on; see `Mixture.remapped`."""
-        progress = self.cursor.progress
-        return replace(
-            self,
-            cursor=replace(self.cursor, stretches=()),
-            mixture=self.mixture.remapped(sources, progress.position, progress.frontier),
-        )
+        cursor = replace(self.cursor, stretches=())
+        return replace(self, cursor=cursor, mixture=self.mixture.remapped(sources, cursor.position, standings))
 
 
 _FIELD_TYPES = {

@@ -151,21 +151,21 @@ class Proof:
         same_data = all((a.fingerprint, a.remap) == (b.fingerprint, b.remap) for a, b in zip(before.sources, sources, strict=False))
         if same_data or not same_names:
             return before
-        for number, (was, source, standing) in enumerate(zip(before.sources, sources, self.standings(), strict=True)):
-            self._check_remap(number, was, source, standing)
-        renewed = before.remapped(sources, self._progress.position, self._progress.frontier)
+        standings = self.standings()
+        for number, (was, source, standing) in enumerate(zip(before.sources, sources, standings, strict=True)):
+            if source != was or standing.is_open:
+                self._check_remap(number, was, source, standing)
+        renewed = before.remapped(sources, self._progress.position, standings)
         self._progress = Progress(self._progress.position)
         self.taken = TakenPositions(self._progress.position)
         return renewed
 
     def _check_remap(self, number: int, before: Source, source: Source, standing: Standing) -> None:
         """All that an epoch in progress has not used is due: none is left out but as many as were used."""
-        if source == before:
-            if standing.is_open:
-                raise LedgerError(f"data changed while a window had samples of source {before.name} left, and they are not made due again")
-            return
         epochs, remap = standing.epochs_in_progress(before), source.remap
         if (remap.first_epoch, remap.end_epoch) != (epochs.start, epochs.stop):
+            if source == before:
+                raise LedgerError(f"data changed while a window had samples of source {before.name} left, and they are not made due again")
             raise LedgerError(
                 f"its mixture does not go on with the one before: source {source.name} has fingerprint {source.fingerprint:.12}, but had "
                 f"{before.fingerprint:.12}; its new order begins with what is due from epoch {remap.first_epoch} on and is whole from "

@@ -118,14 +118,16 @@ class Mixture:
         starts = self._blend(kept[-1]).used(frontier - kept[-1].position)
         return replace(self, stages=(*kept, Stage(frontier, tuple(weights), starts)))
 
-    def remapped(self, sources: Sequence[Source], position: int, frontier: int) -> "Mixture":
-        """The mixture of `sources` that goes on when `position` samples were taken and windows had drawn the positions to `frontier`.
+    def remapped(self, sources: Sequence[Source], position: int, standings: Sequence[Standing]) -> "Mixture":
+        """The mixture of `sources` that goes on when `position` samples were taken; `standings` are those of the sources then.
 
-        Sources that are not what they were begin their new order. So must all of which a window in progress had samples: it is given up,
-        and positions from `position` on count the new order.
+        Sources that are not what they were begin their new order, and so do all of which a window in progress had samples: it is given
+        up. Positions from `position` on are those of the new mixture.
         """
-        pairs = zip(self.sources, sources, self._num_drawn(frontier), strict=True)
-        starts = tuple(num_drawn if source == before else 0 for before, source, num_drawn in pairs)
+        starts = tuple(
+            0 if source != before or standing.is_open else standing.num_drawn
+            for before, source, standing in zip(self.sources, sources, standings, strict=True)
+        )
         weights = tuple(self._blend(self.stages[-1]).weights.tolist())
         return replace(self, sources=tuple(sources), stages=(Stage(position, weights, starts),))
 

@@ -59,7 +59,7 @@ def plan_remap(run: RunDir, dataset: MixedDataset, wanted: Mixture, on_bytes: Ca
             sources[number], content, found = _remapped(dataset, wanted, number, epochs[number], used[number])
             remapped.append(RemappedSource(before, sources[number], found))
             due[sources[number].remap.sha256] = content
-    after = state.remapped(sources)
+    after = state.remapped(sources, standings)
     after.going_on(wanted)
     return RemapPlan(checkpoint, record.resume_state, after, tuple(remapped), due)
 

@@ -109,7 +109,7 @@ class SimulatedRun:
                 name = sha256(due.tobytes()).hexdigest()
                 self.files[name] = due
                 sources[number] = replace(wanted.sources[number], remap=Remap(name, epochs[number].start, counts))
-        self.state = ResumeState.from_json(self.state.remapped(sources).to_json())
+        self.state = ResumeState.from_json(self.state.remapped(sources, standings).to_json())
         return self
 
     def check_complete(self, standings):
@@ -164,6 +164,24 @@ def test_a_source_that_did_not_change_goes_on_where_it_was():
     taken = [[name for line in r.lines[1:] if isinstance(line, StepLine) for name in line.ids if name[0] == "b"] for r in (run, straight)]
     shorter = min(map(len, taken))
     assert shorter > 15 and taken[0][:shorter] == taken[1][:shorter]
+
+
+def test_a_window_that_is_given_up_twice_before_a_step_took_of_a_source_loses_nothing():
+    """What is due of the second set is the same both times, and so is its remap: it begins again all the same."""
+    run = SimulatedRun(records("a", 12), records("b", 4))
+    while run.steps(1, 1).lines[-1].ids[0][0] != "b":
+        pass
+    run.change(records("a", 12), records("b", 4)[::-1])
+    assert run.state.mixture.sources[1].remap.counts == (3,)
+    ahead = Lookahead(6, 1, 200, COST)
+    while not run.steps(1, 1, ahead).proved().standings()[1].is_open:
+        pass
+    before = run.state.mixture.sources[1]
+    assert run.proved().standings()[1].first_left == 0
+    run.change(records("a", 11), run.sets[1])
+    assert run.state.mixture.sources[1] == before and run.state.mixture.stages[-1].starts == (0, 0)
+    run.steps(40)
+    run.check_complete(run.proved().standings())
 
 
 def test_samples_due_come_in_the_order_of_their_epoch():
