@@ -2,12 +2,9 @@
 
     python -m benchmarks.order_reads [--steps 12] [--latency-ms 20] [--json FILE] [--plot FILE]
 
-A server of this process answers byte ranges after a pause. Both orders take the same number of steps through the loader of a run, which
-asks for exactly the bytes of each record and medium. Counted are the server's requests and bytes. The cache has room for one
-window of blocks; the second epoch shows what it kept.
-
-"chunks" is not what the loader does: it is computed from the same reads, as if whole aligned chunks were fetched and as many kept as
-one window of blocks touches. It shows what the order is worth to storage that reads ahead.
+A server of this process answers byte ranges after a pause. Both orders take the same number of steps through the loader of a run. Counted
+are the server's requests for bytes of shards, and those bytes. Without a cache each record is read alone; with one, which has room for the
+chunks of one window of blocks, in chunks.
 """
 
 import argparse
@@ -16,7 +13,6 @@ import re
 import tempfile
 import threading
 import time
-from collections import OrderedDict
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
@@ -37,6 +33,10 @@ from megatron_keye.train.placement import Planner
 NUM_SAMPLES = 2000
 BLOCK_BYTES, BLOCKS_PER_WINDOW = 64 << 10, 8
 CHUNK_BYTES = 64 << 10
+WINDOW_BYTES = BLOCKS_PER_WINDOW * (BLOCK_BYTES + CHUNK_BYTES)
+"""Blocks do not begin where chunks do."""
+CACHE_BYTES = WINDOW_BYTES * 5 // 4
+"""Room is made for a tenth of the cache at a time, and the next window begins before this one is forgotten."""
 ORDERS = {
     "blocks": (f"data.order.block_bytes={BLOCK_BYTES}", f"data.order.blocks_per_window={BLOCKS_PER_WINDOW}"),
     "full shuffle": (f"data.order.block_bytes={1 << 40}",),
@@ -56,13 +56,11 @@ class Traffic:
 
 @dataclass(frozen=True)
 class Reads:
-    """What one order cost. `chunk_requests` and `chunk_bytes` are the computed ones."""
+    """What one order cost."""
 
     samples_per_s: float
     requests: int
     num_bytes: int
-    chunk_requests: int
-    chunk_bytes: int
 
 
 @contextmanager
@@ -72,6 +70,7 @@ def serving(folder: Path, latency_s: float) -> Iterator[tuple[str, Traffic]]:
 
     class Handler(BaseHTTPRequestHandler):
         protocol_version = "HTTP/1.1"
+        disable_nagle_algorithm = True  # else each answer, which is written in two parts, waits 40 ms for an acknowledgement
 
         def do_GET(self) -> None:
             time.sleep(latency_s)
@@ -117,62 +116,46 @@ def run(config: RunConfig, traffic: Traffic, steps: int) -> Reads:
     took_s = time.perf_counter() - began_s
     loader.close()
     loading.close()
-    touched = BLOCKS_PER_WINDOW * (BLOCK_BYTES // CHUNK_BYTES + 1)  # blocks do not begin where chunks do
-    fetched = chunk_fetches(traffic, touched)
-    return Reads(cursor.position / took_s, len(traffic.ranges), traffic.num_bytes, fetched, fetched * CHUNK_BYTES)
-
-
-def chunk_fetches(traffic: Traffic, kept: int) -> int:
-    """Aligned chunks to fetch for these ranges, when the `kept` chunks used last are at hand."""
-    at_hand: OrderedDict[tuple[str, int], None] = OrderedDict()
-    fetched = 0
-    for shard, begin, end in traffic.ranges:
-        for chunk in range(begin // CHUNK_BYTES, (end - 1) // CHUNK_BYTES + 1):
-            fetched += (shard, chunk) not in at_hand
-            at_hand[shard, chunk] = None
-            at_hand.move_to_end((shard, chunk))
-            if len(at_hand) > kept:
-                at_hand.popitem(last=False)
-    return fetched
+    return Reads(cursor.position / took_s, len(traffic.ranges), traffic.num_bytes)
 
 
 def compare(folder: Path, steps: int, latency_s: float) -> dict[str, Reads]:
-    """By order and cache."""
+    """By order and what is read at a time."""
     results = {}
     with serving(folder / "shards", latency_s) as (url, traffic), tempfile.TemporaryDirectory() as scratch:
-        for cache_bytes in (0, BLOCKS_PER_WINDOW * BLOCK_BYTES):
+        for reading, cache_bytes in (("records", 0), ("chunks", CACHE_BYTES)):
             for name, order in ORDERS.items():
-                storage = (f"data.storage.cache={scratch}/{name} {cache_bytes}", f"data.storage.cache_bytes={cache_bytes}")
+                cache = (f"data.storage.cache={scratch}/{name} {reading}", f"data.storage.cache_bytes={cache_bytes}")
                 threads = ("data.loader.workers=0", "data.decode_threads=8")
-                config = config_for(folder, f"data.train={url}", *storage, *threads, *order)
-                results[f"{name}, {'a cache of one window' if cache_bytes else 'no cache'}"] = run(config, traffic, steps)
+                config = config_for(folder, f"data.train={url}", f"data.storage.chunk_bytes={CHUNK_BYTES}", *cache, *threads, *order)
+                results[f"{name}, {reading}"] = run(config, traffic, steps)
     return results
 
 
 def report(results: dict[str, Reads], latency_s: float) -> Table:
     table = Table(title=f"{latency_s * 1000:.0f} ms latency, 8 requests at a time")
-    for column in ("order", "samples/s", "requests", "KiB", "in chunks: requests", "in chunks: KiB"):
+    for column in ("order", "samples/s", "requests", "KiB"):
         table.add_column(column, justify="left" if column == "order" else "right")
     for name, reads in results.items():
-        figures = (reads.requests, reads.num_bytes >> 10, reads.chunk_requests, reads.chunk_bytes >> 10)
-        table.add_row(name, f"{reads.samples_per_s:.0f}", *(f"{figure:,}" for figure in figures))
+        table.add_row(name, f"{reads.samples_per_s:.0f}", f"{reads.requests:,}", f"{reads.num_bytes >> 10:,}")
     return table
 
 
 def plot(results: dict[str, Reads], path: Path) -> None:
-    """Bars of bytes, as read and in chunks."""
+    """Bars of requests and of bytes."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    figure, axis = plt.subplots(figsize=(8, 4))
-    for number, name in enumerate(("num_bytes", "chunk_bytes")):
-        heights = [getattr(reads, name) / 2**20 for reads in results.values()]
-        axis.bar([place + 0.4 * number for place in range(len(results))], heights, 0.4, label=name)
-    axis.set_xticks([place + 0.2 for place in range(len(results))], list(results), rotation=15)
-    axis.set_ylabel("MiB")
-    axis.legend()
+    figure, axes = plt.subplots(1, 2, figsize=(10, 4))
+    for axis, label, heights in (
+        (axes[0], "requests", [reads.requests for reads in results.values()]),
+        (axes[1], "MiB", [reads.num_bytes / 2**20 for reads in results.values()]),
+    ):
+        axis.bar(range(len(results)), heights)
+        axis.set_xticks(range(len(results)), list(results), rotation=15)
+        axis.set_ylabel(label)
     figure.tight_layout()
     figure.savefig(path, dpi=150)
 

@@ -206,6 +206,12 @@ def _check_places(config: RunConfig) -> Iterator[str]:
     data = config.data
     if (data.media.servers or data.media.registry is not None) and "://" in f"{data.train} {data.valid}":
         yield "data.media names I/O servers, which read files alone, and data.train or data.valid is a URL: use one or the other"
+    storage = data.storage
+    if 0 < storage.cache_bytes <= storage.chunk_bytes:
+        yield (
+            f"data.storage.cache_bytes = {storage.cache_bytes} is not above data.storage.chunk_bytes = {storage.chunk_bytes}, so that no "
+            "chunk would be kept: raise it, or set it to 0 to read without chunks"
+        )
 
 
 def _check_training(config: RunConfig) -> Iterator[str]:

@@ -182,7 +182,10 @@ class StorageConfig(Section):
     cache: str = "~/.cache/megatron_keye"
     """Folder for fetched indices and for bytes of shards; best on a disk of the node."""
     cache_bytes: NonNegative = 64 << 30
-    """Most bytes of shards that are kept there; 0 keeps none."""
+    """Most bytes of shards that are kept there; 0 keeps none, and reads each record and medium alone. Best holds
+    `data.order.blocks_per_window` blocks at least."""
+    chunk_bytes: Positive = 1 << 20
+    """Shards are read in aligned chunks of this size, so that the samples beside one that was read cost no request."""
     attempts: Positive = 6
     """Tries of a request before the run ends."""
     first_pause_s: PositiveFloat = 0.5

@@ -1,4 +1,4 @@
-"""A data set at a URL. Its index is fetched to a folder of this machine once; shards are read by ranges, which are cached."""
+"""A data set at a URL. Its index is fetched to a folder of this machine once; shards are read in chunks, which are cached."""
 
 import hashlib
 import shutil
@@ -11,6 +11,7 @@ import aiohttp
 import fsspec
 
 from megatron_keye.config.schema import StorageConfig
+from megatron_keye.data.chunks import ChunkGrid, stretches
 from megatron_keye.data.retry import Retries, Transient, with_retries
 from megatron_keye.data.shards import Span
 from megatron_keye.data.span_cache import SpanCache, locked
@@ -39,24 +40,41 @@ class RemoteStore:
             self._cache = SpanCache(self._folder / "spans", settings.cache_bytes) if settings.cache_bytes else None
         except OSError as error:
             raise SettingsError(f"data.storage.cache: cannot make {self._folder}: {error}; name a folder on a disk of the node") from error
+        self._chunk_bytes = settings.chunk_bytes
         self._counter = ByteCounter()
+        self._version = ""
+        """Of the index: cached chunks of shards as another index knew them may hold other bytes."""
+        self._file_bytes: dict[str, int] = {}
 
     def address(self, name: str) -> str:
         return f"{self._url}/{name}"
 
     def read(self, name: str, span: Span) -> bytes:
-        key = f"{self.address(name)} {span.offset} {span.num_bytes}"
-        blob = None if self._cache is None else self._cache.get(key)
-        if blob is None:
-            blob = self._range(name, span)
-            if self._cache is not None:
-                self._cache.put(key, blob)
-        return blob
+        if self._cache is None:
+            return self._range(name, span)
+        grid = ChunkGrid(self._file_bytes[name], self._chunk_bytes)
+        if span.offset + span.num_bytes > grid.file_bytes:
+            raise DataError(
+                f"{self.address(name)}: expected {span.num_bytes} bytes at offset {span.offset}, found an end at {grid.file_bytes}; "
+                "index the set again"
+            )
+        key = f"{self.address(name)} {self._version} {grid}"
+        touched = grid.touched(span)
+        found = {chunk: self._cache.get(f"{key} {chunk}") for chunk in touched}
+        chunks = {chunk: blob for chunk, blob in found.items() if blob is not None}
+        # No lock: who waits for another's request may wait through all its tries. At worst a chunk is fetched twice.
+        for missing in stretches(chunk for chunk in touched if chunk not in chunks):
+            fetched = grid.divided(missing, self._range(name, grid.stretch(missing)))
+            for chunk, blob in fetched.items():
+                self._cache.put(f"{key} {chunk}", blob)
+            chunks |= fetched
+        return grid.joined(span, chunks)
 
     def folder_here(self, name: str, files: Sequence[str], verify: Callable[[Path], None]) -> Path:
         first = self._try(files[0], f"{name}/{files[0]}", lambda path: self._fs.cat_file(path))
         key = hashlib.sha256(self.address(name).encode() + b"\n" + first).hexdigest()
         folder = self._folder / "indices" / key
+        self._version = key
 
         def fetch() -> None:
             partial = folder.with_suffix(".partial")
@@ -83,6 +101,7 @@ class RemoteStore:
             done.touch()
 
         self._once(done, check)
+        self._file_bytes |= num_bytes
 
     def bytes_read(self) -> int:
         return self._counter.total

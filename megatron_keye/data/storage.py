@@ -27,7 +27,9 @@ class Store(Protocol):
         ...
 
     def check_lengths(self, num_bytes: Mapping[str, int], remedy: str) -> None:
-        """Raise DataError, which ends in `remedy`, where one of these files is missing or has another length."""
+        """Raise DataError, which ends in `remedy`, where one of these files is missing or has another length.
+
+        Comes before the first `read` of any of them."""
         ...
 
     def bytes_read(self) -> int:

@@ -38,6 +38,7 @@ PROBLEMS = [
     (["parallel.tp=8"], 8, "model.decoder.num_kv_groups = 4 is not a multiple of parallel.tp = 8"),
     (["model.decoder.ffn_hidden_size=385", "parallel.tp=2"], 2, "model.decoder.ffn_hidden_size = 385"),
     (["model.decoder.num_kv_groups=3"], 1, "not a multiple of model.decoder.num_kv_groups = 3"),
+    (["data.storage.cache_bytes=1000"], 1, "is not above data.storage.chunk_bytes = 1048576, so that no chunk would be kept"),
     (["model.decoder.mrope_section=[2, 2, 3]"], 1, "sums to 7: expected half of model.decoder.head_dim = 16, which is 8"),
     (["parallel.sequence_parallel=true"], 1, "raise tp or turn it off"),
     (["parallel.vp=2"], 1, "virtual stages need at least two pipeline ranks"),

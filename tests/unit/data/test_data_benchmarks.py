@@ -6,7 +6,6 @@ import webdataset
 
 from benchmarks import shard_sets
 from benchmarks.loader_work import SampleWork
-from benchmarks.order_reads import CHUNK_BYTES, Traffic, chunk_fetches
 from benchmarks.step_balance import PLANS, draw, place
 from benchmarks.tiny_set import make_tiny_set, tiny_config
 from megatron_keye.config.load import load_config
@@ -51,12 +50,6 @@ def test_records_of_a_tiny_set_are_as_its_index_promises(tmp_path):
     for number in (0, 9, 119):
         assert dataset.record(number).id == str(number)
         assert len(dataset.tokens(number).token_ids) == dataset.shape(number).num_tokens
-
-
-def test_chunks_are_fetched_again_once_they_were_pushed_out():
-    first, second, both = ("/a", 0, 10), ("/a", CHUNK_BYTES, CHUNK_BYTES + 10), ("/a", CHUNK_BYTES - 1, CHUNK_BYTES + 1)
-    assert chunk_fetches(Traffic([first, first, second, both]), kept=2) == 2
-    assert chunk_fetches(Traffic([first, second, first]), kept=1) == 3
 
 
 @pytest.mark.parametrize("plan", PLANS)
