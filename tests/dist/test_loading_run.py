@@ -2,7 +2,6 @@
 
 import os
 import signal
-import threading
 
 import pytest
 
@@ -52,11 +51,14 @@ def test_a_run_whose_workers_are_killed_is_the_same_run(tiny, threads, tmp_path)
 def test_a_run_from_a_url_is_the_same_run(tiny, threads, tmp_path):
     with serving(tiny.folder) as (url, faults):
         faults.pattern = r"\.tar$"
-        timer = threading.Timer(2.0, lambda: setattr(faults, "fail_first", 5))
-        timer.start()
-        config = tiny.config(f"data.train={url}/train", f"data.storage.cache={tmp_path / 'cache'}", "data.storage.first_pause_s=0.01")
-        train("one", config, tmp_path / "run")
-        timer.join()
+
+        def fail_for_a_while(training, phase, finished):
+            if phase == "step" and finished == 1:
+                faults.fail_first = 5
+
+        storage = (f"data.storage.cache={tmp_path / 'cache'}", "data.storage.first_pause_s=0.01", "data.storage.chunk_bytes=512")
+        train("one", tiny.config(f"data.train={url}/train", "data.prefetch_steps=1", *storage), tmp_path / "run", fail_for_a_while)
+        assert faults.fail_first == 0
     assert_same_run(tmp_path / "run", threads)
 
 
