@@ -166,16 +166,17 @@ def open_samples(location: str, tokenizer: KeyeTokenizer, variant: Variant, data
     """
     wanted = read_mixture(location)
     parts = [Dataset.open(part.path, tokenizer, variant, data) for part in wanted.sources]
-    totals = [
-        SourceTotals(source.name, len(part), part.tokens_by_modality()) for source, part in zip(wanted.sources, parts, strict=True)
-    ]
-    repeats = [part.repeats for part in wanted.sources]
-    if wanted.token_shares is None:
-        weights = weights_by_repeats(totals, repeats)
-    else:
-        shares = wanted.token_shares
-        weights = weights_by_token_shares(totals, (shares.video, shares.image, shares.text), repeats)
-    return MixedDataset([part.name for part in wanted.sources], parts, weights)
+    return MixedDataset([part.name for part in wanted.sources], parts, _weights(wanted, parts))
+
+
+def _weights(wanted: MixtureFile, parts: Sequence[Dataset]) -> tuple[int, ...]:
+    """Tokens are only added up where shares of them are asked for: that goes through all samples."""
+    repeats, shares = [part.repeats for part in wanted.sources], wanted.token_shares
+    tokens = [() if shares is None else part.tokens_by_modality() for part in parts]
+    totals = [SourceTotals(source.name, len(part), own) for source, part, own in zip(wanted.sources, parts, tokens, strict=True)]
+    if shares is None:
+        return weights_by_repeats(totals, repeats)
+    return weights_by_token_shares(totals, (shares.video, shares.image, shares.text), repeats)
 
 
 def read_mixture(location: str | Path) -> MixtureFile:
