@@ -45,8 +45,9 @@ class Merged:
             return first
         total = torch.zeros(first.shape, dtype=torch.float64)
         for model, block in blocks.items():
-            total += block.double() * mix.factors[model]
-        return rounded(total / mix.divisor, dtype)
+            # As floats: torch has no integers above 64 bits.
+            total.add_(block.double(), alpha=float(mix.factors[model]))
+        return rounded(total.div_(float(mix.divisor)), dtype)
 
 
 def rounded(values: Tensor, dtype: torch.dtype) -> Tensor:

@@ -74,7 +74,11 @@ def test_a_merge_is_what_numpy_computes(models, tmp_path, rule, formula):
         assert (np.abs(found[name].numpy() - expected) <= np.spacing(np.abs(expected))).all(), name
 
 
-@pytest.mark.parametrize(("rule", "formula"), RULES.values(), ids=RULES)
+TINY = ({"average": {"a": 1, "b": 1e-30}}, lambda a, b, c: (a + b / 10**30) / (1 + Fraction(1, 10**30)))
+"""Its integers have a hundred bits."""
+
+
+@pytest.mark.parametrize(("rule", "formula"), [*RULES.values(), TINY], ids=[*RULES, "tiny"])
 def test_a_merge_is_exact(rule, formula):
     """Rational numbers: the result is no farther from the exact value than half of the distance to the next float32."""
     sources = {model: MemoryTensors({NORM: weights(seed)[NORM]}) for seed, model in enumerate("abc")}
