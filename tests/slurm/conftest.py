@@ -34,6 +34,10 @@ def cluster(tmp_path_factory) -> Iterator[Cluster]:
         yield cluster
 
 
+ONE_THREAD = {"OMP_NUM_THREADS": "1"}
+"""Sums round alike only in as many threads; by default a rank has as many as its node has cores for it."""
+
+
 @pytest.fixture(scope="session")
 def settings(tiny, tmp_path_factory) -> Path:
     path = tmp_path_factory.mktemp("settings") / "tiny.yaml"
@@ -46,7 +50,7 @@ def undisturbed(settings, tmp_path_factory) -> RunDir:
     """The same run on two processes, without SLURM."""
     run_dir = RunDir(tmp_path_factory.mktemp("undisturbed") / "run")
     command = [ROOT / "launch/local.sh", "-n", "2", settings, "--run-dir", run_dir.path]
-    subprocess.run(command, env={**os.environ, "PYTHON": sys.executable}, check=True, capture_output=True, timeout=LIMIT_S)
+    subprocess.run(command, env={**os.environ, **ONE_THREAD, "PYTHON": sys.executable}, check=True, capture_output=True, timeout=LIMIT_S)
     return run_dir
 
 
@@ -64,7 +68,7 @@ class Drill:
         size = ("--nodes", "2", "--gpus-per-node", "1", "--run-dir", str(self.run_dir.path))
         limits = ("--preflight", "off", "--backoff-s", "0.5", "--lead-s", "30")
         command = (ROOT / "launch" / script, str(settings or self.settings), *size, *limits, *options)
-        return self.cluster.run(*command, environment={"KEYE_SITE": str(self.site)}, check=check)
+        return self.cluster.run(*command, environment={"KEYE_SITE": str(self.site), **ONE_THREAD}, check=check)
 
     def submit(self, *options: str) -> str:
         """The id of the job."""
