@@ -20,10 +20,7 @@ TOKEN_BYTES = 4
 
 def local_row(tokens: RowTokens, cu_seqlens: Sequence[int], grid: RankGrid, rank: int) -> LocalRow:
     """What replica rank `rank` holds of a row."""
-    stage, own = grid.coordinate(rank, "pp"), local_tokens(cu_seqlens, grid.cp, grid.coordinate(rank, "cp"))
-    token_ids = tokens.token_ids[own].astype(np.int32) if stage == 0 else None
-    targets = row_targets(tokens, cu_seqlens)[own] if stage == grid.pp - 1 else None
-    return LocalRow(token_ids, targets)
+    return _cut(tokens, row_targets(tokens, cu_seqlens), cu_seqlens, grid, rank)
 
 
 def parcel_bytes(plan: ReplicaPlan, grid: RankGrid) -> list[int]:
@@ -35,9 +32,10 @@ def parcel_bytes(plan: ReplicaPlan, grid: RankGrid) -> list[int]:
 
 def parcels(data: ReplicaData, plan: ReplicaPlan, grid: RankGrid) -> list[list[np.ndarray]]:
     """For each rank of the replica, the arrays that its bytes are made of: token ids of all rows, targets of all rows, patches by round."""
+    whole = [(tokens, row_targets(tokens, row.cu_seqlens), row.cu_seqlens) for tokens, row in zip(data.rows, plan.rows, strict=True)]
     by_rank = []
     for rank in range(grid.replica_size):
-        rows = [local_row(tokens, row.cu_seqlens, grid, rank) for tokens, row in zip(data.rows, plan.rows, strict=True)]
+        rows = [_cut(*row, grid, rank) for row in whole]
         fields = [row.token_ids for row in rows] + [row.targets for row in rows]
         patches = [segment for number in range(plan.num_rounds) for segment in data.patches.get((rank, number), [])]
         by_rank.append([field for field in fields if field is not None] + patches)
@@ -64,6 +62,13 @@ def within_one_rank(data: ReplicaData, plan: ReplicaPlan) -> tuple[list[LocalRow
     (arrays,) = parcels(data, plan, RankGrid())
     joined = np.concatenate([np.empty(0, np.uint8), *(array.reshape(-1).view(np.uint8) for array in arrays)])
     return unpack(torch.from_numpy(joined), plan, RankGrid(), 0)
+
+
+def _cut(tokens: RowTokens, targets: np.ndarray, cu_seqlens: Sequence[int], grid: RankGrid, rank: int) -> LocalRow:
+    """`local_row` with the targets of the whole row at hand."""
+    stage, own = grid.coordinate(rank, "pp"), local_tokens(cu_seqlens, grid.cp, grid.coordinate(rank, "cp"))
+    token_ids = tokens.token_ids[own].astype(np.int32) if stage == 0 else None
+    return LocalRow(token_ids, targets[own] if stage == grid.pp - 1 else None)
 
 
 def _kinds(grid: RankGrid, rank: int) -> int:

@@ -21,7 +21,7 @@ from megatron_keye.contract.rows import num_supervised
 from megatron_keye.data.delivery import parcel_bytes, parcels, unpack
 from megatron_keye.data.loader import ReplicaData, ReplicaLoader, SkippedSample, replica_pixel_bytes
 from megatron_keye.data.sources import NO_MEDIA, MediaCounts
-from megatron_keye.data.transport import Transport
+from megatron_keye.data.transport import Parcels, Transport
 from megatron_keye.errors import SettingsError
 from megatron_keye.model.decoder_config import PRECISION
 from megatron_keye.parallel.groups import Groups
@@ -55,14 +55,17 @@ class FedStep:
 
 @dataclass
 class _Prepared:
-    """`data` and `num_supervised`, the supervised tokens in it, are the leader's; None and 0 elsewhere."""
+    """`parcel_bytes` are those of each rank of the replica. `data`, the `parcels` that it is sent in, and `num_supervised`, the supervised
+    tokens in it, are the leader's; None and 0 elsewhere."""
 
     plan: StepPlan
     share: ReplicaPlan
     after: Cursor
     table: np.ndarray
     layout: BatchLayout
+    parcel_bytes: list[int]
     data: ReplicaData | None
+    parcels: Parcels | None
     num_supervised: int
     pixel_bytes: int
 
@@ -123,10 +126,11 @@ class Feed:
             self._put(error)
 
     def _prepare(self, plan: StepPlan, share: ReplicaPlan, after: Cursor) -> "_Prepared":
-        layout = lay_out(share, self._config, self._groups, self._device)
+        grid = self._groups.grid
+        layout, sizes = lay_out(share, self._config, self._groups, self._device), parcel_bytes(share, grid)
         data = None if self._loader is None else self._loader.load(share)
-        supervised = 0 if data is None else count_supervised(share, data)
-        return _Prepared(plan, share, after, plan_table(plan), layout, data, supervised, replica_pixel_bytes(share))
+        sent, supervised = (None, 0) if data is None else (parcels(data, share, grid), count_supervised(share, data))
+        return _Prepared(plan, share, after, plan_table(plan), layout, sizes, data, sent, supervised, replica_pixel_bytes(share))
 
     def _wait_for_room(self, pixel_bytes: int) -> bool:
         """Block until another step may be decoded; False when the feed was closed instead."""
@@ -158,8 +162,7 @@ class Feed:
 
     def _deliver(self, prepared: _Prepared, num_supervised: int) -> StepBatch:
         grid, rank, share = self._groups.grid, self._groups.replica_rank, prepared.share
-        own = None if prepared.data is None else parcels(prepared.data, share, grid)
-        received = self._transport.scatter(own, parcel_bytes(share, grid))
+        received = self._transport.scatter(prepared.parcels, prepared.parcel_bytes)
         rows, patches = unpack(received, share, grid, rank)
         return fill(prepared.layout, rows, patches, num_supervised, self._device)
 
