@@ -29,7 +29,7 @@ from rich.table import Table
 
 from benchmarks.loader_work import Counted, SampleWork, batched, count
 from benchmarks.processes import cpu_seconds, family
-from benchmarks.shard_sets import VARIANT, config_for, make_set
+from benchmarks.shard_sets import VARIANT, config_for, kept_set
 from megatron_keye.config.schema import RunConfig
 from megatron_keye.data.mixture import open_samples
 from megatron_keye.data.tokenizer import load_tokenizer
@@ -221,10 +221,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as scratch:
         results = {}
         for kind in args.kinds:
-            folder = (args.sets or Path(scratch)) / kind
-            if not folder.exists():
-                folder.mkdir(parents=True)
-                make_set(folder, kind, NUM_SAMPLES[kind])
+            folder = kept_set(args.sets or Path(scratch), kind, NUM_SAMPLES[kind])
             results[kind] = compare(folder, args.repeats, MEASURED_SAMPLES[kind])
     Console(width=150).print(report(results))
     if args.json:

@@ -31,7 +31,7 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.processes import family, pss_bytes
-from benchmarks.shard_sets import VARIANT, config_for, make_set
+from benchmarks.shard_sets import VARIANT, config_for, kept_set
 from megatron_keye.config.schema import RunConfig
 from megatron_keye.data.delivery import parcels, unpack
 from megatron_keye.data.loader import ReplicaLoader
@@ -183,10 +183,7 @@ def main() -> None:
     parser.add_argument("--plot", type=Path, help="also draw them there")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as scratch:
-        folder = (args.sets or Path(scratch)) / "mixed"
-        if not folder.exists():
-            folder.mkdir(parents=True)
-            make_set(folder, "mixed", NUM_SAMPLES)
+        folder = kept_set(args.sets or Path(scratch), "mixed", NUM_SAMPLES)
         results = compare(folder, args.steps, args.repeats)
     Console(width=120).print(report(results))
     if args.json:

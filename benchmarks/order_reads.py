@@ -22,7 +22,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.shard_sets import VARIANT, config_for, make_set
+from benchmarks.shard_sets import VARIANT, config_for, kept_set
 from megatron_keye.config.schema import RunConfig
 from megatron_keye.data.mixture import open_samples
 from megatron_keye.data.tokenizer import load_tokenizer
@@ -169,10 +169,7 @@ def main() -> None:
     parser.add_argument("--plot", type=Path, help="also draw them there")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as scratch:
-        folder = (args.sets or Path(scratch)) / "text"
-        if not folder.exists():
-            folder.mkdir(parents=True)
-            make_set(folder, "text", NUM_SAMPLES)
+        folder = kept_set(args.sets or Path(scratch), "text", NUM_SAMPLES)
         results = compare(folder, args.steps, args.latency_ms / 1000)
     Console(width=130).print(report(results, args.latency_ms / 1000))
     if args.json:

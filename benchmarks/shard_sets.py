@@ -27,6 +27,15 @@ MEDIAN_WORDS = 350
 MIX = ("text", "image", "text", "image", "video")
 
 
+def kept_set(sets: Path, kind: Kind, num_samples: int) -> Path:
+    """The folder of a set below `sets`, which is written where it is not there yet."""
+    folder = sets / kind
+    if not folder.exists():
+        folder.mkdir(parents=True)
+        make_set(folder, kind, num_samples)
+    return folder
+
+
 def make_set(folder: Path, kind: Kind, num_samples: int, seed: int = 0) -> None:
     """Write `folder`/shards with an index, and `folder`/tokenizer."""
     write_tokenizer(folder / "tokenizer")

@@ -1,14 +1,4 @@
-"""What a merge computes, written as YAML:
-
-    models:                          # Hugging Face folders, checkpoints or run directories, relative to this file
-      base: checkpoints/keye_vl_1_5_8b
-      code: runs/annealing_code
-      math: runs/annealing_math
-    like: base                       # settings, types and other files are those of this one; default: the first
-    rules:                           # of each tensor, the first rule with a pattern that fits its name decides
-      - {tensors: ["visual.*", "mlp_AR.*"], take: base}                                   # unchanged
-      - {tensors: ["model.layers.[0-9].*"], average: {code: 2, math: 1}}                  # weights are divided by their sum
-      - {task: {base: base, add: {code: 0.7, math: 0.3}}}                                 # base + 0.7 (code - base) + 0.3 (math - base)
+"""What a merge computes: a recipe in YAML, of which `data_tools/merge.py` shows an example.
 
 Every rule is a sum of models, each with a factor, so that is what all of this becomes.
 """
