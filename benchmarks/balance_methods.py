@@ -7,9 +7,9 @@ from dataclasses import dataclass
 import numpy as np
 
 from benchmarks.mixes import Samples
+from benchmarks.spill import StepSegments, assign_with_spill
 from megatron_keye.plan.assignment import AssignmentRules, StepCosts, assign_samples
 from megatron_keye.plan.pack import best_fit_decreasing
-from megatron_keye.plan.spill import StepSegments, assign_with_spill
 from megatron_keye.plan.spread import sum_by_bin
 
 PAD_TOKENS = 8

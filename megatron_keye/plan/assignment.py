@@ -38,7 +38,7 @@ class AssignmentRules:
     num_replicas: int
     seq_length_tokens: int
     microbatch_multiple: int = 1
-    barrier: Barrier = "phase"
+    barrier: Barrier = "step"
     speeds: tuple[int, ...] = ()
     replica_patches: int = NO_LIMIT
     """The memory that a replica has for pixels, except under a barrier per microbatch, which leaves no choice."""

@@ -1,9 +1,9 @@
-"""Inner loops around rows and around segments that change replicas; most keep bins in a heap. See `kernels.py` for the rules."""
+"""Inner loops around rows, with bins in a heap. See `kernels.py` for the rules."""
 
 from megatron_keye.plan.compiled import Kernel
 
 
-def _sift(heap, key, at, count):
+def sift(heap, key, at, count):
     """Move the bin at `at` down to its place in a heap with the smallest (key, bin) first."""
     moving = heap[at]
     while True:
@@ -20,7 +20,7 @@ def _sift(heap, key, at, count):
     heap[at] = moving
 
 
-def _push(heap, key, bin, count):
+def push(heap, key, bin, count):
     """Add a bin to a heap of `count`, which then holds one more."""
     at = count
     while at > 0:
@@ -58,11 +58,11 @@ def _fill(order, cost, size, capacity, level, slowness, finish, taken, wake, hea
     for at in range(len(order)):
         i = order[at]
         while num_waiting > 0 and wake[waiting[0]] <= at:
-            _push(heap, finish, waiting[0], active)
+            push(heap, finish, waiting[0], active)
             active += 1
             num_waiting -= 1
             waiting[0] = waiting[num_waiting]
-            _sift(waiting, wake, 0, num_waiting)
+            sift(waiting, wake, 0, num_waiting)
         while active > 0:
             row = heap[0]
             spare_cost, spare_size = (level - finish[row]) // slowness[row], capacity - taken[row]
@@ -70,9 +70,9 @@ def _fill(order, cost, size, capacity, level, slowness, finish, taken, wake, hea
                 break
             active -= 1
             heap[0] = heap[active]
-            _sift(heap, finish, 0, active)
+            sift(heap, finish, 0, active)
             wake[row] = _next_fitting(order, at + 1, cost, size, spare_cost, spare_size)
-            _push(waiting, wake, row, num_waiting)
+            push(waiting, wake, row, num_waiting)
             num_waiting += 1
         row_of[i] = -1
         if active > 0:
@@ -80,7 +80,7 @@ def _fill(order, cost, size, capacity, level, slowness, finish, taken, wake, hea
             row_of[i] = row
             finish[row] += cost[i] * slowness[row]
             taken[row] += size[i]
-            _sift(heap, finish, 0, active)
+            sift(heap, finish, 0, active)
 
 
 def _count_rows(counts, sizes, capacity, room, needed):
@@ -102,33 +102,5 @@ def _count_rows(counts, sizes, capacity, room, needed):
         at += counts[group]
 
 
-def _shed(order, costs, owners, excess, taken):
-    """Mark items to take from bins above their level: by falling cost those that fit the excess, then one that covers the rest."""
-    for i in order:
-        if 0 < costs[i] <= excess[owners[i]]:
-            taken[i] = 1
-            excess[owners[i]] -= costs[i]
-    for at in range(len(order) - 1, -1, -1):
-        i = order[at]
-        if taken[i] == 0 and excess[owners[i]] > 0 and costs[i] >= excess[owners[i]]:
-            taken[i] = 1
-            excess[owners[i]] -= costs[i]
-
-
-def _receive(order, costs, slowness, loads, finish, heap, bins):
-    """Each item of `order` to the bin that has finished first so far. Ties go to the bin that comes first."""
-    for bin in range(len(slowness)):
-        finish[bin] = loads[bin] * slowness[bin]
-        _push(heap, finish, bin, bin)
-    for i in order:
-        bin = heap[0]
-        bins[i] = bin
-        loads[bin] += costs[i]
-        finish[bin] += costs[i] * slowness[bin]
-        _sift(heap, finish, 0, len(slowness))
-
-
-fill = Kernel(_fill, (_sift, _push, _next_fitting))
+fill = Kernel(_fill, (sift, push, _next_fitting))
 count_rows = Kernel(_count_rows)
-shed = Kernel(_shed)
-receive = Kernel(_receive, (_sift, _push))

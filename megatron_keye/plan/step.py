@@ -64,7 +64,7 @@ class PlanSettings:
     cost: CostModel
     lookahead: Lookahead = ONE_BATCH
     """How many batches are planned together. Decides which samples a step holds, as the seed and the batch do."""
-    barrier: Barrier = "phase"
+    barrier: Barrier = "step"
     """Where replicas wait for each other; see `assignment.py`."""
     replica_patches: int = NO_LIMIT
     """The pixels that a replica has memory for in a step, in patches: kept where samples can be placed so."""

@@ -239,7 +239,7 @@ def test_each_epoch_visits_every_sample_once():
 
 
 def test_balance_is_near_perfect_where_it_can_be():
-    config = replace(SETTINGS, global_batch_samples=256, num_replicas=4)
+    config = replace(SETTINGS, global_batch_samples=256, num_replicas=4, barrier="phase")
     plan, _ = plan_step(random_dataset(1000), Cursor(), config)
     loads = predicted_loads(plan.replicas, config)
     assert loads.decoder_imbalance < 1.03

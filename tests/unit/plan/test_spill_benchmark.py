@@ -5,8 +5,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from benchmarks import spill_gain
+from benchmarks.mixes import MIXES, draw
+from benchmarks.spill import StepSegments, assign_with_spill, phase_time, spill_excess
 from megatron_keye.plan.assignment import AssignmentRules, StepCosts
-from megatron_keye.plan.spill import StepSegments, assign_with_spill, phase_time, spill_excess
 from megatron_keye.plan.spread import lower_bound, sum_by_bin
 
 
@@ -40,7 +42,7 @@ def test_every_segment_is_encoded_by_one_replica(costs_by_sample, num_replicas, 
 
 @pytest.mark.parametrize("seed", range(5))
 def test_phases_are_near_their_bound_with_little_moved(seed):
-    rules = AssignmentRules(16, 100)
+    rules = AssignmentRules(16, 100, barrier="phase")
     costs, segments = skewed_step(16 * 16, seed)
     assignment, spill = assign_with_spill(costs, segments, rules)
     bound = lower_bound(costs.decoder, rules.slowness) + lower_bound(segments.cost, rules.slowness)
@@ -74,3 +76,13 @@ def test_slow_replicas_give_more_away():
     rules = AssignmentRules(3, 100, speeds=(500, 1000, 1000))
     loads = np.bincount(spill_excess(segments, np.arange(3), rules).encoded_by)
     assert loads == pytest.approx([180, 360, 360], abs=3)
+
+
+def test_steps_of_the_gain_hold_every_sample_once():
+    samples = draw(MIXES[0], 8 * 4 * 2, seed=0)
+    steps = list(spill_gain.steps_of(MIXES[0], 4, 2, seed=0))
+    assert sorted(cost for step in steps for cost in step.total_ns.tolist()) == sorted((samples.decoder_ns + samples.vision_ns).tolist())
+    for step in steps:
+        owner = np.repeat(np.arange(8), np.diff(step.samples.first))
+        assert np.bincount(owner, step.samples.segment_ns, 8).tolist() == step.samples.vision_ns.tolist()
+    assert spill_gain.measure(MIXES[0], 4, 2, windows=1)["better"] <= 1

@@ -1,9 +1,9 @@
-"""Which attention segments a replica gives to others to encode, so that no replica's ViT is later than the rest.
+"""Attention segments that a replica would give to others to encode, so that no replica's ViT is later than the rest: not in the trainer.
 
 A barrier between ViT and decoder waits for both to be even, and whole samples cannot always make them so. Segments can: only
 the excess moves, and of it the large ones first, which have the most work per visual token that must be sent back.
 
-This is plan and accounting; exchanges still run within a replica.
+The trainer's step has no such barrier, and to exchange segments between replicas would make one. `spill_gain.py` weighs the two.
 """
 
 from dataclasses import dataclass
@@ -12,7 +12,8 @@ from typing import NamedTuple
 import numpy as np
 
 from megatron_keye.plan.assignment import Assignment, AssignmentRules, StepCosts, assign_samples
-from megatron_keye.plan.heap_kernels import receive, shed
+from megatron_keye.plan.compiled import Kernel
+from megatron_keye.plan.heap_kernels import push, sift
 from megatron_keye.plan.spread import common_scale, lower_bound, sum_by_bin
 
 _PASSES = 4
@@ -83,3 +84,33 @@ def phase_time(costs: StepCosts, segments: StepSegments, assignment: Assignment,
     decoder = sum_by_bin(assignment.replica, costs.decoder, rules.num_replicas) * rules.slowness
     vision = sum_by_bin(spill.encoded_by, segments.cost, rules.num_replicas) * rules.slowness
     return int(decoder.max()) + int(vision.max())
+
+
+def _shed(order, costs, owners, excess, taken):
+    """Mark items to take from bins above their level: by falling cost those that fit the excess, then one that covers the rest."""
+    for i in order:
+        if 0 < costs[i] <= excess[owners[i]]:
+            taken[i] = 1
+            excess[owners[i]] -= costs[i]
+    for at in range(len(order) - 1, -1, -1):
+        i = order[at]
+        if taken[i] == 0 and excess[owners[i]] > 0 and costs[i] >= excess[owners[i]]:
+            taken[i] = 1
+            excess[owners[i]] -= costs[i]
+
+
+def _receive(order, costs, slowness, loads, finish, heap, bins):
+    """Each item of `order` to the bin that has finished first so far. Ties go to the bin that comes first."""
+    for bin in range(len(slowness)):
+        finish[bin] = loads[bin] * slowness[bin]
+        push(heap, finish, bin, bin)
+    for i in order:
+        bin = heap[0]
+        bins[i] = bin
+        loads[bin] += costs[i]
+        finish[bin] += costs[i] * slowness[bin]
+        sift(heap, finish, 0, len(slowness))
+
+
+shed = Kernel(_shed)
+receive = Kernel(_receive, (sift, push))
