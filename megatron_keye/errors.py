@@ -35,6 +35,19 @@ class UnreachableError(KeyeError):
     """Where data lie did not answer, in spite of retries. Nothing says that the data are bad: another attempt may succeed."""
 
 
+class MediumUnreachableError(DataError):
+    """The host of a single image or video did not answer in time, in spite of retries. It may be gone, so that a run which skips bad
+    samples skips this one; for any other, another attempt may succeed."""
+
+    exit_code = 1
+
+
+class UnsupportedError(KeyeError):
+    """The chosen decoder cannot decode a medium on this host. Nothing says that the medium is bad."""
+
+    exit_code = 65
+
+
 class CheckpointError(KeyeError):
     """A checkpoint is missing, damaged, or of another model."""
 

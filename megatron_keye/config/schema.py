@@ -6,7 +6,7 @@ Values that follow from others are computed where they are used (`config/derive.
 
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, IPvAnyNetwork
 
 Variant = Literal["keye_vl_preview", "keye_vl_1_5"]
 Module = Literal["vision", "projector", "embedding", "decoder"]
@@ -15,6 +15,7 @@ NonNegative = Annotated[int, Field(ge=0)]
 PositiveFloat = Annotated[float, Field(gt=0.0)]
 NonNegativeFloat = Annotated[float, Field(ge=0.0)]
 TransportName = Literal["auto", "collective", "shared_memory"]
+DecoderName = Literal["pyav", "dali"]
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 
 
@@ -155,8 +156,12 @@ class VideoConfig(Section):
 
 
 class MediaConfig(Section):
-    """Servers that decode images and videos in place of the training nodes. None of it changes what a run computes."""
+    """What decodes images and videos, and servers that do it in place of the training nodes. Only the decoder changes pixels."""
 
+    decoder: DecoderName = "pyav"
+    """pyav: FFmpeg and Pillow, on the CPU. dali: NVIDIA DALI for JPEG and videos, on the GPU; without one it decodes VP9 and MJPEG alone."""
+    allow_mixed_decoders: bool = False
+    """Let a run go on with another decoder, or another version of it, than it began with, or with a different one on each node."""
     servers: tuple[str, ...] = ()
     """URLs of `keye io-server` processes, such as http://node1:7300; none decodes here."""
     registry: str | None = None
@@ -177,12 +182,12 @@ class MediaConfig(Section):
 
 
 class StorageConfig(Section):
-    """Reading data sets that lie at URLs. Folders are read as they are."""
+    """Reading data sets that lie at URLs, and images and videos that records name by web address. Folders are read as they are."""
 
     cache: str = "~/.cache/megatron_keye"
     """Folder for fetched indices and for bytes of shards; best on a disk of the node."""
     cache_bytes: NonNegative = 64 << 30
-    """Most bytes of shards that are kept there; 0 keeps none, and reads each record and medium alone. Best holds
+    """Most bytes of shards and of media that are kept there; 0 keeps none, and reads each record and medium alone. Best holds
     `data.order.blocks_per_window` blocks at least."""
     chunk_bytes: Positive = 1 << 20
     """Shards are read in aligned chunks of this size, so that the samples beside one that was read cost no request."""
@@ -192,6 +197,13 @@ class StorageConfig(Section):
     """Longest pause after the first try; doubled after each, up to 30 s."""
     timeout_s: PositiveFloat = 60.0
     """Longest pause while a server answers over HTTP."""
+    medium_bytes: Positive = 1 << 30
+    """Most bytes of an image or video at a web address."""
+    medium_timeout_s: PositiveFloat = 60.0
+    """Longest time for one of these, all tries together; best below `data.loader.worker_deadline_s`."""
+    private_networks: tuple[IPvAnyNetwork, ...] = ()
+    """Networks that are not public, such as 10.1.0.0/16, from which media, or a proxy, may answer. Nothing else inside is asked for
+    anything, whatever a record names."""
 
 
 class LoaderConfig(Section):

@@ -3,16 +3,20 @@
 Nothing is made to fit: a sample over the limit is an error, because whoever asks for a sample's score wants it whole.
 """
 
+import hashlib
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 
+from megatron_keye.config.schema import StorageConfig
 from megatron_keye.contract.media import SampleShape
 from megatron_keye.data.items import Item, MediaRules, Resolved, describe, load_patches, resolve
-from megatron_keye.data.record import Record, parse_record
-from megatron_keye.data.shards import media_bytes, parse_json
+from megatron_keye.data.record import Media, Record, parse_record
+from megatron_keye.data.shards import parse_json
+from megatron_keye.data.source_media import media_bytes
+from megatron_keye.data.storage import DEFAULT_STORAGE
 from megatron_keye.data.tokenize import ItemLayout, TokenizedSample
 from megatron_keye.data.writing import Problem, format_problems
 from megatron_keye.errors import DataError
@@ -23,10 +27,11 @@ Tokenize = Callable[[Record, Sequence[ItemLayout]], TokenizedSample]
 
 @dataclass(frozen=True, slots=True, eq=False)
 class ListedSample:
-    """One line of the file: where it is, its media as they are and as they are sized, and its tokens."""
+    """One line of the file: where it is, its media with the checksums of their bytes, as they are and as they are sized, and its tokens."""
 
     place: str
-    record: Record
+    id: str
+    media: tuple[Media, ...]
     items: tuple[Item, ...]
     resolved: tuple[Resolved, ...]
     tokens: TokenizedSample
@@ -35,9 +40,9 @@ class ListedSample:
 class SampleList:
     """Samples of one file, numbered from 0 in its order. Pixels are decoded when asked for, from any thread."""
 
-    def __init__(self, folder: Path, rules: MediaRules, samples: Sequence[ListedSample]):
-        """`folder` is what media paths are relative to."""
-        self._folder = folder
+    def __init__(self, folder: Path, rules: MediaRules, samples: Sequence[ListedSample], storage: StorageConfig):
+        """`folder` is what media paths are relative to; `storage` is how web addresses are read."""
+        self._folder, self._storage = folder, storage
         self._rules = rules
         self._samples = samples
 
@@ -45,7 +50,7 @@ class SampleList:
         return len(self._samples)
 
     def sample_id(self, sample: int) -> str:
-        return self._samples[sample].record.id
+        return self._samples[sample].id
 
     def shape(self, sample: int) -> SampleShape:
         return self._samples[sample].tokens.shape
@@ -54,11 +59,11 @@ class SampleList:
         return self._samples[sample].tokens
 
     def pixels(self, sample: int) -> list[np.ndarray]:
-        """uint8 [num_patches, 588] per attention segment, in order. Raises DataError for media that cannot be decoded."""
+        """uint8 [num_patches, 588] per attention segment, in order. Raises DataError for media that changed or cannot be decoded."""
         listed = self._samples[sample]
         patches = []
-        for number, (media, item, resolved) in enumerate(zip(listed.record.media, listed.items, listed.resolved, strict=True)):
-            blob = media_bytes(media, self._folder, listed.place)
+        for number, (media, item, resolved) in enumerate(zip(listed.media, listed.items, listed.resolved, strict=True)):
+            blob = media_bytes(media, self._folder, listed.place, self._storage)
             try:
                 patches += load_patches(item, resolved, blob, self._rules.variant)
             except DataError as error:
@@ -67,7 +72,12 @@ class SampleList:
 
 
 def read_sample_list(
-    path: Path, tokenize: Tokenize, rules: MediaRules, limit_tokens: int, on_sample: Callable[[], None] = lambda: None
+    path: Path,
+    tokenize: Tokenize,
+    rules: MediaRules,
+    limit_tokens: int,
+    on_sample: Callable[[], None] = lambda: None,
+    storage: StorageConfig = DEFAULT_STORAGE,
 ) -> SampleList:
     """Read, size and tokenize every record of the JSONL file `path`; looks at every medium, and at the frames of videos.
 
@@ -78,7 +88,7 @@ def read_sample_list(
     problems: list[Problem] = []
     for place, line in _lines(path):
         try:
-            samples.append(_list_sample(place, line, path.parent, tokenize, rules, limit_tokens))
+            samples.append(_list_sample(place, line, path.parent, tokenize, rules, limit_tokens, storage))
         except DataError as error:
             problems.append(Problem(place, str(error)))
         on_sample()
@@ -86,7 +96,7 @@ def read_sample_list(
         raise DataError(f"{len(problems)} of {len(samples) + len(problems)} samples cannot be used:\n{format_problems(tuple(problems))}")
     if not samples:
         raise DataError(f"{path} has no record; expected one JSON object per line")
-    return SampleList(path.parent, rules, samples)
+    return SampleList(path.parent, rules, samples, storage)
 
 
 def count_lines(path: Path) -> int:
@@ -105,12 +115,15 @@ def _lines(path: Path) -> Iterator[tuple[str, bytes]]:
         raise DataError(f"cannot read {path}: {error.strerror or error}; expected a JSONL file of records") from error
 
 
-def _list_sample(place: str, line: bytes, folder: Path, tokenize: Tokenize, rules: MediaRules, limit_tokens: int) -> ListedSample:
+def _list_sample(
+    place: str, line: bytes, folder: Path, tokenize: Tokenize, rules: MediaRules, limit_tokens: int, storage: StorageConfig
+) -> ListedSample:
     record = parse_record(parse_json(line, place), place)
     place = f"{place}, record {record.id}"
-    items, resolved = [], []
+    found, items, resolved = [], [], []
     for number, media in enumerate(record.media):
-        blob = media_bytes(media, folder, place)
+        blob = media_bytes(media, folder, place, storage)
+        found.append(replace(media, sha256=hashlib.sha256(blob).hexdigest()))
         try:
             items.append(describe(media.kind, blob, media.options, rules))
             resolved.append(resolve(items[-1], rules))
@@ -125,4 +138,4 @@ def _list_sample(place: str, line: bytes, folder: Path, tokenize: Tokenize, rule
             f"{place}: found {tokens.shape.num_tokens} tokens, {tokens.shape.num_visual_tokens} of them visual, expected at most "
             f"{limit_tokens}; samples are not cut or shrunk here: raise the limit, or give its media a max_pixels"
         )
-    return ListedSample(place, record, tuple(items), tuple(resolved), tokens)
+    return ListedSample(place, record.id, tuple(found), tuple(items), tuple(resolved), tokens)

@@ -3,8 +3,6 @@
 A sample is one key: `KEY.json`, the record, and `KEY.0.jpg`, `KEY.1.mp4`, ...: its media, which the record names as members.
 """
 
-import base64
-import binascii
 import hashlib
 import json
 import tarfile
@@ -14,7 +12,6 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from megatron_keye.data.record import Media, Record, record_to_json
-from megatron_keye.data.web_media import web_bytes
 from megatron_keye.errors import DataError
 
 SHARD_PATTERN = "*.tar"
@@ -88,24 +85,6 @@ def check_sha256(blob: bytes, media: Media, where: str) -> None:
         raise DataError(f"{where}: the bytes of {media.address} do not match their sha256 in the record: damaged; restore the shard")
 
 
-def media_bytes(media: Media, folder: Path, where: str) -> bytes:
-    """Bytes of a medium that is not in a shard; a relative path is taken from `folder`, a web address is fetched."""
-    if media.origin == "inline":
-        return _inline_bytes(media.address, where)
-    if media.origin == "member":
-        raise DataError(f"{where}: found the member {media.address!r}, but the record is not in a shard; give a path or a data URI")
-    if media.origin == "web":
-        return web_bytes(media.address, where)
-    path = folder / media.address
-    try:
-        blob = path.read_bytes()
-    except OSError as error:
-        raise DataError(f"{where}: cannot read {path}: {error.strerror or error}; paths are relative to the JSONL file") from error
-    if not blob:
-        raise DataError(f"{where}: {path} is empty; restore or remove it")
-    return blob
-
-
 def encode_sample(key: str, record: Record, blobs: Iterable[bytes]) -> dict[str, str | bytes]:
     """A webdataset sample of `record` and the bytes of its media, in order; the record is made to name them as members."""
     sample: dict[str, str | bytes] = {"__key__": key}
@@ -134,19 +113,6 @@ def _extension(media: Media) -> str:
         name = PurePosixPath(media.address).suffix[1:]
     name = name.lower()
     return name if name.isalnum() and name != RECORD_EXTENSION else "bin"
-
-
-def _inline_bytes(address: str, where: str) -> bytes:
-    head, comma, payload = address.partition(",")
-    if not comma or not head.endswith(";base64"):
-        raise DataError(f"{where}: found the data URI {head:.60}, expected data:TYPE;base64,...; write the bytes in base64")
-    try:
-        blob = base64.b64decode(payload, validate=True)
-    except (binascii.Error, ValueError) as error:
-        raise DataError(f"{where}: found a data URI whose base64 is damaged ({error}); write it again") from error
-    if not blob:
-        raise DataError(f"{where}: found an empty data URI, expected the bytes of a medium")
-    return blob
 
 
 def _members(shard: Path) -> Iterator[tuple[str, Span]]:

@@ -5,8 +5,11 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Protocol
 
+from megatron_keye.config.schema import StorageConfig
 from megatron_keye.data.shards import Span, read_span
 from megatron_keye.errors import DataError
+
+DEFAULT_STORAGE = StorageConfig()
 
 
 class Store(Protocol):

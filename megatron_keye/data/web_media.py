@@ -1,73 +1,115 @@
-"""Images and videos at web addresses, for those who write shards: fetched within limits of size and time."""
+"""Images and videos at web addresses: fetched within limits of size and time, and never from inside a network unless settings name it."""
 
+import asyncio
+import ipaddress
+import socket
 import time
-import urllib.error
-import urllib.request
-from collections.abc import Callable
-from http.client import HTTPException, HTTPResponse
+from collections.abc import Awaitable, Callable
+from functools import partial
 from typing import TypeVar
 
-from megatron_keye.data.retry import Retries, Transient, with_retries
-from megatron_keye.errors import DataError
+import aiohttp
 
-MAX_BYTES = 1 << 30
-TIMEOUT_S = 300.0
-STALL_TIMEOUT_S = 30.0
-RETRIES = Retries(attempts=4, first_pause_s=1.0)
-TEMPORARY_STATUS = (408, 425, 429)
+from megatron_keye.config.schema import StorageConfig
+from megatron_keye.data.retry import Retries, Transient, with_retries
+from megatron_keye.errors import DataError, MediumUnreachableError
+
+MAX_REDIRECTS = 5
 PART_BYTES = 1 << 20
-Result = TypeVar("Result")
+TEMPORARY_STATUS = (408, 425, 429)
 NOT_ASKED = (405, 501)
 """Statuses of servers that do not answer a question for the size alone."""
+HEADERS = {"User-Agent": "megatron_keye", "Accept-Encoding": "identity"}
+Result = TypeVar("Result")
+Use = Callable[[aiohttp.ClientResponse], Awaitable[Result]]
 
 
-def web_bytes(url: str, where: str, max_bytes: int = MAX_BYTES, timeout_s: float = TIMEOUT_S, retries: Retries = RETRIES) -> bytes:
-    """The bytes at `url`. Raises DataError, which begins with `where`, for what is missing, empty, too large, too slow, or does not come
-    whole in any try."""
+def web_bytes(url: str, where: str, settings: StorageConfig) -> bytes:
+    """The bytes at `url`. Raises DataError, which begins with `where`, for what is missing, empty, too large or forbidden;
+    MediumUnreachableError for what is too slow, or does not come whole in any try."""
 
-    def fetch(response: HTTPResponse) -> bytes:
-        until_s = time.monotonic() + timeout_s
+    async def fetch(response: aiohttp.ClientResponse) -> bytes:
         body = bytearray()
-        while part := response.read(PART_BYTES):
+        async for part in response.content.iter_chunked(PART_BYTES):
             body += part
-            if len(body) > max_bytes:
-                raise DataError(f"{where}: {url} has more than {max_bytes:,} bytes; make it smaller, or fetch it and name the file")
-            if time.monotonic() > until_s:
-                raise DataError(f"{where}: {url} took more than {timeout_s:g} s; fetch it and name the file")
-        expected = response.headers.get("Content-Length")
-        if expected is not None and int(expected) != len(body):
-            raise Transient(f"found {len(body)} of {expected} bytes")
+            if len(body) > settings.medium_bytes:
+                raise DataError(
+                    f"{where}: {url} has more than {settings.medium_bytes:,} bytes (data.storage.medium_bytes); raise it, or remove the "
+                    "record"
+                )
         if not body:
             raise DataError(f"{where}: {url} is empty; correct the address, or remove the record")
         return bytes(body)
 
-    return _ask(url, "GET", fetch, where, retries)
+    return _ask(url, "GET", fetch, where, settings)
 
 
-def web_num_bytes(url: str, where: str, retries: Retries = RETRIES) -> int:
-    """The size of what is at `url`, 0 where the server does not say. Raises DataError for what is missing."""
-    return _ask(url, "HEAD", lambda response: int(response.headers.get("Content-Length") or 0), where, retries)
+def web_num_bytes(url: str, where: str, settings: StorageConfig) -> int:
+    """The size of what is at `url`, 0 where the server does not say. Raises as `web_bytes` does."""
+
+    async def size(response: aiohttp.ClientResponse) -> int:
+        return 0 if response.status in NOT_ASKED else response.content_length or 0
+
+    return _ask(url, "HEAD", size, where, settings)
 
 
-def _ask(url: str, method: str, use: Callable[[HTTPResponse], Result], where: str, retries: Retries) -> Result | int:
-    def attempt() -> Result | int:
+def _ask(url: str, method: str, use: Use, where: str, settings: StorageConfig) -> Result:
+    """What `use` makes of the answer."""
+    until_s = time.monotonic() + settings.medium_timeout_s
+
+    def attempt() -> Result:
         try:
-            request = urllib.request.Request(url, method=method, headers={"User-Agent": "megatron_keye"})
-            with urllib.request.urlopen(request, timeout=STALL_TIMEOUT_S) as response:
-                return use(response)
-        except urllib.error.HTTPError as error:
-            if method == "HEAD" and error.code in NOT_ASKED:
-                return 0
-            if error.code >= 500 or error.code in TEMPORARY_STATUS:
-                raise Transient(f"HTTP status {error.code}") from error
-            found = f"HTTP status {error.code} {error.reason}"
-            raise DataError(f"{where}: {url}: found {found}; correct the address, or remove the record") from error
-        except (OSError, HTTPException) as error:  # URLError is an OSError
+            return asyncio.run(_request(url, method, use, where, settings, max(until_s - time.monotonic(), 1e-3)))
+        except (aiohttp.InvalidURL, aiohttp.NonHttpUrlClientError) as error:
+            raise DataError(f"{where}: {url}: found the address {error}, expected one of http or https; correct it") from error
+        except aiohttp.TooManyRedirects as error:
+            raise DataError(f"{where}: {url} leads on more than {MAX_REDIRECTS} times; correct the address") from error
+        except (OSError, aiohttp.ClientError) as error:  # TimeoutError is an OSError
+            if time.monotonic() >= until_s:
+                raise MediumUnreachableError(
+                    f"{where}: {url} took more than {settings.medium_timeout_s:g} s (data.storage.medium_timeout_s); raise it, or try later"
+                ) from error
             raise Transient(f"{type(error).__name__}: {error}") from error
-        except ValueError as error:
-            raise DataError(f"{where}: {url} is no web address: {error}") from error
 
     try:
-        return with_retries(attempt, retries)
+        return with_retries(attempt, Retries(settings.attempts, settings.first_pause_s))
     except Transient as error:
-        raise DataError(f"{where}: {url}: no whole answer in {retries.attempts} tries, the last: {error}; try again later") from error
+        raise MediumUnreachableError(
+            f"{where}: {url}: no whole answer in {settings.attempts} tries, the last: {error}; try again later"
+        ) from error
+
+
+async def _request(url: str, method: str, use: Use, where: str, settings: StorageConfig, total_s: float) -> Result:
+    """One try. Raises Transient and DataError for statuses, and what aiohttp does."""
+    pause_s = settings.timeout_s
+    timeout = aiohttp.ClientTimeout(total=total_s, sock_connect=pause_s, sock_read=pause_s)
+    connector = aiohttp.TCPConnector(socket_factory=partial(_allowed_socket, settings, f"{where}: {url}"))
+    options = dict(headers=HEADERS, timeout=timeout, connector=connector, trust_env=True, auto_decompress=False)
+    async with (
+        aiohttp.ClientSession(**options) as session,
+        session.request(method, url, allow_redirects=True, max_redirects=MAX_REDIRECTS) as response,
+    ):
+        _check_status(response, f"{where}: {url}")
+        return await use(response)
+
+
+def _check_status(response: aiohttp.ClientResponse, where: str) -> None:
+    """Raises Transient for a status that another try may not meet, DataError for one that it will."""
+    if response.status < 400 or (response.method == "HEAD" and response.status in NOT_ASKED):
+        return
+    if response.status >= 500 or response.status in TEMPORARY_STATUS:
+        raise Transient(f"HTTP status {response.status}")
+    raise DataError(f"{where}: found HTTP status {response.status} {response.reason}; correct the address, or remove the record")
+
+
+def _allowed_socket(settings: StorageConfig, where: str, address: tuple) -> socket.socket:
+    """A socket for an address of `getaddrinfo`, which is the one that is then connected to, after redirects as before.
+
+    Raises DataError for one that is not public, such as that of a machine's own services, unless the settings allow it.
+    """
+    family, kind, protocol, _, (host, *_) = address
+    found = ipaddress.ip_address(host.partition("%")[0])
+    found = getattr(found, "ipv4_mapped", None) or found
+    if not found.is_global and not any(found in network for network in settings.private_networks):
+        raise DataError(f"{where} lies at {found}, which is not public; list its network in data.storage.private_networks to allow it")
+    return socket.socket(family, kind, protocol)

@@ -8,8 +8,11 @@ from dataclasses import dataclass
 from multiprocessing import get_context
 from pathlib import Path
 
+from megatron_keye.config.schema import StorageConfig
 from megatron_keye.data.record import parse_record
-from megatron_keye.data.shards import encode_sample, media_bytes, parse_json
+from megatron_keye.data.shards import encode_sample, parse_json
+from megatron_keye.data.source_media import media_bytes
+from megatron_keye.data.storage import DEFAULT_STORAGE
 from megatron_keye.data.web_media import web_num_bytes
 from megatron_keye.errors import DataError, KeyeError
 
@@ -45,11 +48,11 @@ class ShardPlan:
         return sum(len(lines) for lines in self.shards)
 
 
-def plan_shards(source: Path, shard_bytes: int) -> ShardPlan:
+def plan_shards(source: Path, shard_bytes: int, storage: StorageConfig = DEFAULT_STORAGE) -> ShardPlan:
     """Check every record of `source` and cut them, in order, into shards of about `shard_bytes`.
 
-    Media are read only as far as their size. The plan depends on the input alone. Raises DataError for a file that cannot be read
-    or has no record.
+    Media are read only as far as their size, web addresses as `storage` says. The plan depends on the input alone. Raises DataError
+    for a file that cannot be read or has no record.
     """
     shards: list[list[Line]] = []
     problems: list[Problem] = []
@@ -58,7 +61,7 @@ def plan_shards(source: Path, shard_bytes: int) -> ShardPlan:
     for line, text in _lines(source):
         place = f"{source}:{line.number}"
         try:
-            record_id, num_bytes = _check(text, source.parent, place)
+            record_id, num_bytes = _check(text, source.parent, place, storage)
             if record_id in seen:
                 raise DataError(f"{place}: found id {record_id} again, first on line {seen[record_id]}; give every record its own")
         except DataError as error:
@@ -76,7 +79,12 @@ def plan_shards(source: Path, shard_bytes: int) -> ShardPlan:
 
 
 def write_shards(
-    source: Path, folder: Path, plan: ShardPlan, workers: int = 1, on_shard: Callable[[int], None] = lambda num_samples: None
+    source: Path,
+    folder: Path,
+    plan: ShardPlan,
+    workers: int = 1,
+    on_shard: Callable[[int], None] = lambda num_samples: None,
+    storage: StorageConfig = DEFAULT_STORAGE,
 ) -> None:
     """Write `plan` to `folder`, which must not exist or be empty; it appears once every shard is complete.
 
@@ -91,7 +99,7 @@ def write_shards(
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     try:
-        jobs = [(source, partial / f"shard-{number:06d}.tar", lines) for number, lines in enumerate(plan.shards)]
+        jobs = [(source, partial / f"shard-{number:06d}.tar", lines, storage) for number, lines in enumerate(plan.shards)]
         for num_samples in run_jobs(_write_shard, jobs, workers):
             on_shard(num_samples)
         if folder.exists():
@@ -140,22 +148,22 @@ def _lines(source: Path) -> Iterator[tuple[Line, bytes]]:
         raise DataError(f"cannot read {source}: {error.strerror or error}; expected a JSONL file of records") from error
 
 
-def _check(text: bytes, folder: Path, place: str) -> tuple[str, int]:
+def _check(text: bytes, folder: Path, place: str, storage: StorageConfig) -> tuple[str, int]:
     """Id of the record on a line, and about how many bytes it takes in a shard."""
     record = parse_record(parse_json(text, place), place)
     media_num_bytes = 0
     for media in record.media:
         path = folder / media.address
         if media.origin == "web":
-            media_num_bytes += web_num_bytes(media.address, f"{place}, record {record.id}")
+            media_num_bytes += web_num_bytes(media.address, f"{place}, record {record.id}", storage)
         elif media.origin == "file" and path.is_file() and path.stat().st_size > 0:
             media_num_bytes += path.stat().st_size
         else:
-            media_num_bytes += len(media_bytes(media, folder, f"{place}, record {record.id}"))
+            media_num_bytes += len(media_bytes(media, folder, f"{place}, record {record.id}", storage))
     return record.id, len(text) + media_num_bytes
 
 
-def _write_shard(source: Path, path: Path, lines: tuple[Line, ...]) -> int:
+def _write_shard(source: Path, path: Path, lines: tuple[Line, ...], storage: StorageConfig) -> int:
     """Write one shard; the number of its samples."""
     import webdataset  # loads torch, which checking records does not need
 
@@ -164,6 +172,6 @@ def _write_shard(source: Path, path: Path, lines: tuple[Line, ...]) -> int:
             place = f"{source}:{line.number}"
             file.seek(line.offset)
             record = parse_record(parse_json(file.read(line.num_bytes), place), place)
-            blobs = [media_bytes(media, source.parent, f"{place}, record {record.id}") for media in record.media]
+            blobs = [media_bytes(media, source.parent, f"{place}, record {record.id}", storage) for media in record.media]
             tar.write(encode_sample(f"{line.number:09d}", record, blobs))
     return len(lines)

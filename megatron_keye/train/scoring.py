@@ -21,7 +21,7 @@ ROW_TOKENS = 2048
 def read_samples(source: ModelSource, path: Path, max_tokens: int | None, on_sample: Callable[[], None]) -> SampleList:
     """The samples of `path` as `source` reads them; a sample above `max_tokens`, or above the model's own limit, is an error."""
     limit = source.max_tokens if max_tokens is None else max_tokens
-    return read_sample_list(path, source.tokenize, source.rules, limit, on_sample)
+    return read_sample_list(path, source.tokenize, source.rules, limit, on_sample, source.config.data.storage)
 
 
 def build_scorer(

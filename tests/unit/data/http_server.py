@@ -18,6 +18,10 @@ class Faults:
         self.status = 503
         self.truncate = False
         """Close the connection in the middle of every body."""
+        self.stall_s = 0.0
+        """Pause in the middle of every body."""
+        self.redirects: dict[str, str] = {}
+        """Where paths lead on to."""
         self.short_bytes = 0
         """Leave so many bytes out of every body, and say so in its length."""
         self.ignore_ranges = False
@@ -58,6 +62,8 @@ def handler(folder: Path, faults: Faults):
                 faults.gate.wait(60)
             if fails:
                 return self._send(faults.status, b"not now")
+            if self.path in faults.redirects:
+                return self._send(302, b"", location=faults.redirects[self.path])
             path = folder / self.path.lstrip("/")
             if not path.is_file():
                 return self._send(404, b"no such file")
@@ -71,12 +77,17 @@ def handler(folder: Path, faults: Faults):
                 body = body[: -faults.short_bytes]
             self._send(status, body, cut=is_wrong and faults.truncate)
 
-        def _send(self, status, body, cut=False):
+        def _send(self, status, body, cut=False, location=None):
             self.send_response(status)
             self.send_header("Content-Length", str(len(body)))
+            if location is not None:
+                self.send_header("Location", location)
             self.end_headers()
             if self.command == "GET":
-                self.wfile.write(body[: len(body) // 2] if cut else body)
+                half = len(body) // 2
+                self.wfile.write(body[:half])
+                time.sleep(faults.stall_s)
+                self.wfile.write(b"" if cut else body[half:])
             self.close_connection = cut
 
     return Handler

@@ -89,7 +89,7 @@ def test_media_that_vanish_or_change_are_named(read, written):
     path = written(chat("a", "red.png"))
     samples = read(path)
     Image.new("RGB", (300, 84)).save(path.parent / "red.png")
-    with pytest.raises(DataError, match=r"input.jsonl:1, record a, image 0: found pixels of 84x300"):
+    with pytest.raises(DataError, match=r"input.jsonl:1, record a: the bytes of red.png do not have their sha256"):
         samples.pixels(0)
     (path.parent / "red.png").unlink()
     with pytest.raises(DataError, match=r"input.jsonl:1, record a.*cannot read .*red.png"):

@@ -12,7 +12,9 @@ import webdataset
 from data_tools import index_shards, inspect_data, make_shards
 from megatron_keye.data.index import open_index
 from megatron_keye.data.record import parse_record
-from megatron_keye.data.shards import Span, iter_samples, list_shards, media_bytes, read_span
+from megatron_keye.data.shards import Span, iter_samples, list_shards, read_span
+from megatron_keye.data.source_media import media_bytes
+from megatron_keye.data.storage import DEFAULT_STORAGE
 from megatron_keye.data.writing import plan_shards, run_jobs, write_shards
 from megatron_keye.errors import DataError, KeyeError
 from tests.unit.data.corpus import png
@@ -40,7 +42,7 @@ def test_webdataset_reads_back_every_record_with_its_media(corpus, tmp_path):
         stored = parse_record(json.loads(sample["json"]), "x")
         assert [(m.role, len(m.parts)) for m in stored.messages] == [(m.role, len(m.parts)) for m in record.messages]
         for media, original in zip(stored.media, record.media, strict=True):
-            assert sample[media.address] == media_bytes(original, corpus.parent, "x")
+            assert sample[media.address] == media_bytes(original, corpus.parent, "x", DEFAULT_STORAGE)
             assert hashlib.sha256(sample[media.address]).hexdigest() == media.sha256
             assert (media.kind, media.options) == (original.kind, original.options)
 
