@@ -47,16 +47,22 @@ class Kernel:
     def compiled(self) -> Callable[..., None]:
         """The machine code, compiled at the first call and kept on disk; it lets other threads run."""
         if self._compiled is None:
-            import numba
             from numba.extending import register_jitable
 
             for helper in self._helpers:
                 register_jitable(helper)
-            try:
-                self._compiled = numba.njit(cache=True, nogil=True)(self.function)
-            except RuntimeError:  # no folder to keep it in can be written to
-                self._compiled = numba.njit(nogil=True)(self.function)
+            self._compiled = compile_function(self.function)
         return self._compiled
+
+
+def compile_function(function: Callable[..., None]) -> Callable[..., None]:
+    """`function` compiled by numba: kept on disk where there is a folder for it, and free of Python's lock."""
+    import numba
+
+    try:
+        return numba.njit(cache=True, nogil=True)(function)
+    except RuntimeError:  # no folder to keep it in can be written to
+        return numba.njit(nogil=True)(function)
 
 
 def _num_items(argument: Argument) -> int:

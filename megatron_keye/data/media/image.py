@@ -7,6 +7,7 @@ from PIL import Image
 
 from megatron_keye.config.schema import Variant
 from megatron_keye.data.media.blobs import describe_blob
+from megatron_keye.data.media.resample import resize_bicubic
 from megatron_keye.data.media.resize import Size
 from megatron_keye.errors import DataError
 
@@ -18,6 +19,12 @@ def image_dimensions(blob: bytes) -> Size:
     """(height, width) of the stored pixels, from the header alone. Raises DataError where it cannot be read."""
     with _open(blob) as picture:
         return picture.height, picture.width
+
+
+def is_plain_jpeg(blob: bytes) -> bool:
+    """Whether it is a JPEG file of grey or YCbCr pixels, which every decoder turns into the same RGB but for rounding. Raises DataError."""
+    with _open(blob) as picture:
+        return picture.format == "JPEG" and picture.mode in ("L", "RGB")
 
 
 def read_image(blob: bytes, variant: Variant) -> np.ndarray:
@@ -37,10 +44,9 @@ def read_image(blob: bytes, variant: Variant) -> np.ndarray:
 
 def resize_image(image: np.ndarray, sizes: tuple[Size, ...]) -> np.ndarray:
     """uint8 [H, W, 3] to uint8 [h, w, 3], through every (height, width) of `sizes` in turn, by Pillow's bicubic filter."""
-    picture = Image.fromarray(image)
-    for height, width in sizes:
-        picture = picture.resize((width, height), Image.Resampling.BICUBIC)
-    return np.array(picture)
+    for size in sizes:
+        image = resize_bicubic(image, size)
+    return image
 
 
 def _open(blob: bytes) -> Image.Image:
