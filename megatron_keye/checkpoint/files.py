@@ -10,7 +10,7 @@ import json
 import os
 import struct
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -29,6 +29,10 @@ OnBytes = Callable[[int], object]
 """Told the number of bytes that have just been done."""
 CHUNK_BYTES = 8 << 20
 """Most bytes of a block on its way from a tensor to the disk. Small enough for memory that is freed to be used again."""
+READ_BYTES = 1 << 20
+"""Of a file that is only looked at, into a buffer that stays in the processor's cache."""
+WRITE_BACK_BYTES = 128 << 20
+"""Most bytes, or nearly so, that wait for the disk while more are made."""
 MAX_HEADER_BYTES = 100 << 20
 """The safetensors library's own limit."""
 
@@ -110,7 +114,7 @@ def write_stream(
         position = end
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
-    with open(path, "xb") as file:
+    with open(path, "xb") as file, _WriteBack(file.fileno()) as write_back:
         for data in (struct.pack("<Q", len(text)), text):
             file.write(data)
             on_block(data)
@@ -119,18 +123,54 @@ def write_stream(
                 data = chunk.detach().reshape(-1).cpu().view(torch.uint8).numpy()
                 file.write(data)
                 on_block(data)
+                write_back.add(len(data))
         num_bytes = file.tell()
-        _flush(file)
+        file.flush()
     if num_bytes != 8 + len(text) + position:
         raise CheckpointError(f"{path} got {num_bytes:,} bytes, and its header says {8 + len(text) + position:,}; please report it")
     return num_bytes
+
+
+class _WriteBack:
+    """Has the disk write a file while more of it is made, so that little is left for the flush with which the block ends.
+
+    Raises OSError where the disk did not take what was written before: it says so only once.
+    """
+
+    def __init__(self, descriptor: int):
+        self._descriptor = descriptor
+        self._pool = ThreadPoolExecutor(max_workers=1)
+        self._flushing: Future[None] | None = None
+        self._num_bytes = 0
+
+    def add(self, num_bytes: int) -> None:
+        """So many more bytes were written."""
+        self._num_bytes += num_bytes
+        if self._num_bytes >= WRITE_BACK_BYTES and (self._flushing is None or self._flushing.done()):
+            self._wait()
+            self._flushing = self._pool.submit(os.fdatasync, self._descriptor)
+            self._num_bytes = 0
+
+    def __enter__(self) -> "_WriteBack":
+        return self
+
+    def __exit__(self, kind: object, error: object, trace: object) -> None:
+        with self._pool:
+            if error is None:
+                self._wait()
+                os.fsync(self._descriptor)
+
+    def _wait(self) -> None:
+        if self._flushing is not None:
+            self._flushing.result()
 
 
 def write_text(path: Path, text: str) -> None:
     """Write a new file, flushed to disk."""
     with open(path, "x", encoding="utf-8") as file:
         file.write(text)
-        _flush(file)
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def flush_folder(path: Path) -> None:
@@ -161,11 +201,11 @@ def file_damage(folder: Path, record: FileRecord, on_bytes: OnBytes = lambda num
         return torn
     path = folder / record.name
     try:
-        digest = xxhash.xxh3_128()
-        with open(path, "rb") as file:
-            while block := file.read(CHUNK_BYTES):
-                digest.update(block)
-                on_bytes(len(block))
+        digest, buffer = xxhash.xxh3_128(), memoryview(bytearray(READ_BYTES))
+        with open(path, "rb", buffering=0) as file:
+            while num_bytes := file.readinto(buffer):
+                digest.update(buffer[:num_bytes])
+                on_bytes(num_bytes)
     except OSError as error:
         return f"{path} cannot be read: {error.strerror}"
     if digest.hexdigest() != record.xxh3_128:
@@ -222,8 +262,3 @@ def _checked_start(name: str, entry: Mapping, num_bytes: int) -> int:
     if stop > num_bytes:
         raise ValueError(f"{name} ends at byte {stop:,} of {num_bytes:,}: the file is cut off")
     return start
-
-
-def _flush(file) -> None:
-    file.flush()
-    os.fsync(file.fileno())

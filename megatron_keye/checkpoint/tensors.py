@@ -50,7 +50,7 @@ class Cast:
     source: TensorSource
     dtype: torch.dtype
 
-    @property
+    @cached_property
     def specs(self) -> Mapping[str, TensorSpec]:
         return {name: TensorSpec(spec.shape, self.dtype) for name, spec in self.source.specs.items()}
 

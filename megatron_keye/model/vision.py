@@ -109,6 +109,11 @@ class PatchEmbedding(nn.Module):
         return F.linear(pixels, self.weight.flatten(1), self.bias)
 
 
+def _empty_table(num_rows: int, width: int, dtype: torch.dtype) -> nn.Embedding:
+    """Not initialised: to draw a table on the meta device, torch imports its compiler, which takes seconds."""
+    return nn.Embedding.from_pretrained(torch.empty(num_rows, width, dtype=dtype), freeze=False)
+
+
 class VisionEmbeddings(nn.Module):
     """Patch embeddings plus learned positions. `packing_position_embedding` is only carried for the checkpoint."""
 
@@ -116,8 +121,8 @@ class VisionEmbeddings(nn.Module):
         super().__init__()
         self.table_side = vision.position_table_side
         self.patch_embedding = PatchEmbedding(vision.hidden_size, dtype)
-        self.position_embedding = nn.Embedding(self.table_side**2, vision.hidden_size, dtype=dtype)
-        self.packing_position_embedding = nn.Embedding(vision.carried_position_rows, vision.hidden_size, dtype=dtype)
+        self.position_embedding = _empty_table(self.table_side**2, vision.hidden_size, dtype)
+        self.packing_position_embedding = _empty_table(vision.carried_position_rows, vision.hidden_size, dtype)
         self.packing_position_embedding.requires_grad_(False)
 
     def forward(self, pixels: Tensor, grids: Sequence[PatchGrid]) -> Tensor:

@@ -1,5 +1,8 @@
 """Our writer against the safetensors library's reader, and what damage is seen."""
 
+import errno
+import os
+
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -46,6 +49,19 @@ def test_a_tensor_longer_than_a_chunk(tmp_path, monkeypatch):
     record = write_tensors(tmp_path / "a.safetensors", [("x@0,0", tensor)])
     assert torch.equal(load_file(tmp_path / "a.safetensors")["x@0,0"], tensor)
     assert file_damage(tmp_path, record) is None
+
+
+def test_a_disk_that_says_only_once_that_it_failed_is_heard(tmp_path, monkeypatch):
+    """The flush that runs while more is written may get the error, and then the last one does not."""
+    monkeypatch.setattr("megatron_keye.checkpoint.files.WRITE_BACK_BYTES", 64)
+
+    def fail(descriptor):
+        monkeypatch.setattr(os, "fdatasync", lambda descriptor: None)
+        raise OSError(errno.EIO, "the disk is broken")
+
+    monkeypatch.setattr(os, "fdatasync", fail)
+    with pytest.raises(OSError, match="the disk is broken"):
+        write_tensors(tmp_path / "a.safetensors", [(f"{n}@0,0", torch.ones(40, 1)) for n in range(20)])
 
 
 def test_a_rank_that_owns_nothing_writes_a_file_too(tmp_path):
