@@ -8,6 +8,7 @@ from math import prod
 from pathlib import Path
 
 from megatron_keye.checkpoint.files import FileRecord
+from megatron_keye.config.json_file import read_json_object
 from megatron_keye.errors import CheckpointError
 from megatron_keye.model.names import Piece
 
@@ -101,13 +102,8 @@ def read_manifest(path: Path) -> Manifest:
     remedy = "choose a complete checkpoint"
     if not path.is_dir():
         raise CheckpointError(f"{path} is not a folder; expected a checkpoint: {remedy}")
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise CheckpointError(f"{file} cannot be read ({error.strerror}): {remedy}") from error
-    except ValueError as error:
-        raise CheckpointError(f"{file} is not JSON ({error}): it is damaged; {remedy}") from error
-    if not isinstance(content, dict) or content.pop("sha256", None) != _digest(content):
+    content = read_json_object(file, remedy)
+    if content.pop("sha256", None) != _digest(content):
         raise CheckpointError(f"{file} does not have the checksum it was written with: it is damaged; {remedy}")
     if content["format"] != FORMAT:
         raise CheckpointError(f"{file} has format {content['format']}; this version reads {FORMAT}: use the version that wrote it")

@@ -14,6 +14,7 @@ from pydantic import Field, ValidationError
 from torch.distributed import ProcessGroup
 
 from megatron_keye.config.explain import all_settings, value_of
+from megatron_keye.config.json_file import read_json_object
 from megatron_keye.config.schema import NonNegative, Positive, RunConfig, Section
 from megatron_keye.errors import SettingsError
 from megatron_keye.plan.timing import Coefficients, TimeModel
@@ -120,14 +121,7 @@ def open_calibration(config: RunConfig) -> Calibration | None:
 
 def load_calibration(path: Path) -> Calibration:
     """Raises SettingsError for a file that is missing, damaged, changed by hand, or of another format."""
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise SettingsError(f"data.cost_file: cannot read {path}: {error.strerror}; make it with `keye calibrate`, or remove it") from error
-    except ValueError as error:
-        raise SettingsError(f"{path} is not JSON ({error}). {_AGAIN}") from error
-    if not isinstance(content, dict):
-        raise SettingsError(f"{path} holds a JSON {type(content).__name__}, expected an object. {_AGAIN}")
+    content = read_json_object(path, "make it with `keye calibrate`, or remove data.cost_file", SettingsError)
     written = content.pop("sha256", None)
     try:
         calibration = Calibration.model_validate_json(json.dumps(content), strict=True)

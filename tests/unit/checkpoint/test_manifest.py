@@ -48,9 +48,9 @@ def edited(edit):
 @pytest.mark.parametrize(
     ("damage", "said"),
     [
-        (lambda path: path.unlink(), "cannot be read"),
+        (lambda path: path.unlink(), "cannot read"),
         (lambda path: path.write_text(path.read_text()[:-20]), "not JSON"),
-        (lambda path: path.write_text("[]"), "checksum"),
+        (lambda path: path.write_text("[]"), "expected an object"),
         (lambda path: path.write_text("{}"), "checksum"),
         (edited(lambda content: content["steps"].update(w=4)), "checksum"),
         (edited(lambda content: content.pop("sha256")), "checksum"),

@@ -1,4 +1,7 @@
-"""vLLM finds a place for every tensor that is exported: its name map for Keye-VL, written out from its released sources (0.10.2)."""
+"""vLLM finds a place for every tensor that is exported: its name map for Keye-VL, written out from its sources (0.10.2 and 0.33.0).
+
+Its own `WeightsMapper`s and modules, taken out of the 0.33.0 wheel, gave the same names and shapes for both 8B models.
+"""
 
 import re
 

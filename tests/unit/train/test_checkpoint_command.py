@@ -46,7 +46,7 @@ def test_list_says_what_sizes_and_manifests_say(run_dir, capsys):
     rows = {name: next(line for line in lines if name in line) for name in ("step_00000007", "step_00000010", "step_00000011")}
     assert "tp1, 1 rank" in rows["step_00000007"] and "all there" in rows["step_00000007"]
     assert "has 1 bytes" in rows["step_00000010"]
-    assert "manifest.json cannot be read" in rows["step_00000011"]
+    assert "cannot read" in rows["step_00000011"]
 
 
 def test_verify_finds_every_damage(run_dir, capsys):
@@ -76,4 +76,4 @@ def test_a_folder_without_checkpoints_is_an_error(tmp_path, capsys):
 
 def test_a_damaged_manifest_cannot_be_shown(run_dir, capsys):
     assert cli.main(["checkpoint", "show", str(run_dir)]) == 65
-    assert "step_00000011/manifest.json cannot be read" in capsys.readouterr().err
+    assert f"cannot read {run_dir}/checkpoints/step_00000011/manifest.json" in capsys.readouterr().err
