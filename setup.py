@@ -28,6 +28,7 @@ setup(
         "h11>=0.16",
         "opencv-python-headless",
         "pillow",
+        "simplejpeg",
         "webdataset",
         "xxhash",
         "tensorboard",

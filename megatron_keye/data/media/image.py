@@ -1,8 +1,9 @@
-"""Images: bytes to uint8 pixels with the released code's own decoder and kernel, Pillow."""
+"""Images: bytes to the uint8 pixels that the released code's decoder and kernel, Pillow, make of them, by faster ways where these agree."""
 
 from io import BytesIO
 
 import numpy as np
+import simplejpeg
 from PIL import Image
 
 from megatron_keye.config.schema import Variant
@@ -24,7 +25,7 @@ def image_dimensions(blob: bytes) -> Size:
 def is_plain_jpeg(blob: bytes) -> bool:
     """Whether it is a JPEG file of grey or YCbCr pixels, which every decoder turns into the same RGB but for rounding. Raises DataError."""
     with _open(blob) as picture:
-        return picture.format == "JPEG" and picture.mode in ("L", "RGB")
+        return _is_plain_jpeg(picture)
 
 
 def read_image(blob: bytes, variant: Variant) -> np.ndarray:
@@ -34,6 +35,9 @@ def read_image(blob: bytes, variant: Variant) -> np.ndarray:
     Raises DataError for bytes that are no image, a damaged one, or one above Pillow's limit of pixels.
     """
     with _open(blob) as picture:
+        pixels = _decode_jpeg(blob) if _is_plain_jpeg(picture) else None
+        if pixels is not None:
+            return pixels
         try:
             picture.load()
         # A damaged file makes decoders raise nearly anything, such as SyntaxError, struct.error or zlib.error.
@@ -42,11 +46,26 @@ def read_image(blob: bytes, variant: Variant) -> np.ndarray:
         return np.array(_to_rgb(picture, variant))
 
 
+def _decode_jpeg(blob: bytes) -> np.ndarray | None:
+    """The bytes that Pillow makes of a JPEG file, by the same library but without its copies; None where Pillow has to judge.
+
+    Both take libjpeg-turbo's exact transform and smooth upsampling. What is damaged or rare is an error to simplejpeg.
+    """
+    try:
+        return simplejpeg.decode_jpeg(blob, "RGB", fastdct=False, fastupsample=False)
+    except ValueError:
+        return None
+
+
 def resize_image(image: np.ndarray, sizes: tuple[Size, ...]) -> np.ndarray:
     """uint8 [H, W, 3] to uint8 [h, w, 3], through every (height, width) of `sizes` in turn, by Pillow's bicubic filter."""
     for size in sizes:
         image = resize_bicubic(image, size)
     return image
+
+
+def _is_plain_jpeg(picture: Image.Image) -> bool:
+    return picture.format == "JPEG" and picture.mode in ("L", "RGB")
 
 
 def _open(blob: bytes) -> Image.Image:

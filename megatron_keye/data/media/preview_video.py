@@ -76,4 +76,4 @@ def resize_frames(frames: np.ndarray, sizes: tuple[Size, ...]) -> np.ndarray:
     """
     pixels = torch.from_numpy(frames).permute(0, 3, 1, 2).float()
     resized = F.interpolate(pixels, sizes[0], mode="bicubic", align_corners=False, antialias=True).clamp(0, 255).round().byte()
-    return np.stack([resize_image(frame, sizes[1:]) for frame in resized.permute(0, 2, 3, 1).numpy()])
+    return np.stack([resize_image(frame, sizes[1:]) for frame in resized.permute(0, 2, 3, 1).contiguous().numpy()])

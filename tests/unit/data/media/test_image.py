@@ -4,6 +4,8 @@ from io import BytesIO
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from PIL import Image
 
 from megatron_keye.data.media.image import FORMATS, image_dimensions, read_image, resize_image
@@ -52,6 +54,41 @@ def test_1_5_jpeg_pixels_equal_the_oracle(oracle, options):
     expected = np.array(oracle.fetch_image({"image": Image.open(BytesIO(blob)), "max_pixels": 20_000}))
     steps = resize_steps(150, 211, "keye_vl_1_5", 4, 20480, max_pixels=20_000)
     assert np.array_equal(resize_image(read_image(blob, "keye_vl_1_5"), steps), expected)
+
+
+def _pillow_rgb(blob: bytes) -> np.ndarray:
+    return np.array(Image.open(BytesIO(blob)).convert("RGB"))
+
+
+@pytest.mark.parametrize("mode", ["RGB", "L", "CMYK"])
+@pytest.mark.parametrize("size", [(1, 1), (8, 16), (17, 33), (150, 211)])
+@pytest.mark.parametrize(
+    "options",
+    [{"subsampling": kind} for kind in range(3)] + [{"progressive": True}, {"keep_rgb": True}, {"restart_marker_blocks": 1}],
+    ids=lambda options: "-".join(options),
+)
+def test_jpeg_files_have_the_pixels_of_pillow(mode, size, options):
+    blob = _encoded(_picture(mode if mode != "CMYK" else "RGB", *size).convert(mode), "JPEG", quality=85, **options)
+    assert np.array_equal(read_image(blob, "keye_vl_1_5"), _pillow_rgb(blob))
+
+
+@settings(deadline=None, max_examples=200)
+@given(st.data())
+def test_damaged_jpeg_files_are_what_pillow_makes_of_them(data):
+    blob = bytearray(_encoded(_picture(height=64, width=48), "JPEG", quality=60))
+    for _ in range(data.draw(st.integers(1, 4))):
+        blob[data.draw(st.integers(2, len(blob) - 1))] = data.draw(st.integers(0, 255))
+    blob = bytes(blob[: data.draw(st.integers(100, len(blob)))])
+    try:
+        expected = _pillow_rgb(blob)
+    except Exception:
+        expected = None
+    try:
+        pixels = read_image(blob, "keye_vl_1_5")
+    except DataError:
+        pixels = None
+    assert (pixels is None) == (expected is None)
+    assert pixels is None or np.array_equal(pixels, expected)
 
 
 def test_preview_lays_transparent_pictures_on_white():
