@@ -1,5 +1,6 @@
 """Folders that appear whole or not at all."""
 
+import ctypes
 import errno
 import fcntl
 import os
@@ -12,6 +13,8 @@ from pathlib import Path
 from megatron_keye.checkpoint.files import flush_folder
 from megatron_keye.errors import CheckpointError
 
+AT_FDCWD, RENAME_EXCHANGE = -100, 2
+"""Of Linux: paths are relative to the working directory, and two names change places."""
 NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
@@ -29,8 +32,10 @@ def require_absent(path: Path, replace: bool) -> None:
 def new_folder(path: Path, needed_bytes: int, replace: bool = False) -> Iterator[Path]:
     """A hidden folder to fill, which becomes `path` by one rename when the block ends without an error, and else is removed.
 
-    What a process that was killed has left of an earlier attempt is removed first. Raises CheckpointError where `path` exists and is
-    not to be replaced, and where the disk has no room for `needed_bytes` or runs full on the way.
+    A folder that is replaced keeps its name until the new one has it, where the file system can exchange the two; elsewhere there is a
+    moment in which it is `.NAME.replaced-*`. What a process that was killed has left of an earlier attempt is removed first. Raises
+    CheckpointError where `path` exists and is not to be replaced, and where the disk has no room for `needed_bytes` or runs full on
+    the way.
     """
     require_absent(path, replace)
     try:
@@ -53,15 +58,41 @@ def new_folder(path: Path, needed_bytes: int, replace: bool = False) -> Iterator
 
 def _move(hidden: Path, path: Path, replace: bool) -> None:
     require_absent(path, replace)
-    if path.is_dir() and any(path.iterdir()):
-        old = path.with_name(f"{_prefix(path)}replaced-{os.getpid()}")
-        path.rename(old)
+    if not path.exists() or not any(path.iterdir()):
         hidden.rename(path)
-        flush_folder(path.parent)
-        shutil.rmtree(old)
-    else:
+    elif not exchange(hidden, path):
+        _replace(hidden, path)
+    flush_folder(path.parent)
+    for backup in path.parent.glob(f"{_backup_prefix(path)}*"):
+        shutil.rmtree(backup, ignore_errors=True)
+
+
+def exchange(first: Path, second: Path) -> bool:
+    """Let two folders change names in one step of the file system; False where it, or this system, knows no such step."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    if not hasattr(libc, "renameat2"):
+        return False
+    if libc.renameat2(AT_FDCWD, os.fsencode(first), AT_FDCWD, os.fsencode(second), RENAME_EXCHANGE) == 0:
+        return True
+    error = ctypes.get_errno()
+    if error in (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP):
+        return False
+    raise OSError(error, os.strerror(error), str(second))
+
+
+def _replace(hidden: Path, path: Path) -> None:
+    backup = path.with_name(f"{_backup_prefix(path)}{os.getpid()}")
+    path.rename(backup)
+    try:
         hidden.rename(path)
-        flush_folder(path.parent)
+    except OSError:
+        backup.rename(path)
+        raise
+
+
+def _backup_prefix(path: Path) -> str:
+    """Of an old folder, whole, whose process was killed between two renames: it stays until there is a new one."""
+    return f".{path.name}.replaced-"
 
 
 def _prefix(path: Path) -> str:

@@ -1,4 +1,4 @@
-"""Sources of tensors, how they are cut into blocks and files, and folders that appear whole."""
+"""Sources of tensors, how they are cut into blocks and files, and config.json when the model has changed."""
 
 import pytest
 import torch
@@ -8,9 +8,7 @@ from hypothesis import strategies as st
 from megatron_keye.checkpoint.files import TensorSpec
 from megatron_keye.checkpoint.hf_config import make_hf_config, model_of_hf_config, update_hf_config
 from megatron_keye.checkpoint.hf_weights import HfTensors, write_hf_weights
-from megatron_keye.checkpoint.new_folder import new_folder
 from megatron_keye.checkpoint.tensors import Cast, Combined, MemoryTensors, Renamed, divide, row_blocks, row_ranges, total_bytes
-from megatron_keye.errors import CheckpointError
 from tests.unit.checkpoint.hf_folder import small_model
 
 shapes = st.lists(st.integers(0, 9), max_size=4).map(tuple)
@@ -59,38 +57,6 @@ def test_sources_are_put_together():
     assert dict(both.specs) == {"z": TensorSpec((3, 2), torch.float32), "y": TensorSpec((2,), torch.float16)}
     assert torch.equal(both.read_rows("z", 1, 3), torch.tensor([[2.0, 3.0], [4.0, 5.0]]))
     assert torch.equal(both.read_rows("y", 0, 2), torch.ones(2, 1, dtype=torch.float16))
-
-
-def test_a_block_that_raises_leaves_nothing(tmp_path):
-    def fail():
-        with new_folder(tmp_path / "out", 0) as folder:
-            (folder / "half").write_text("x")
-            raise ZeroDivisionError
-
-    with pytest.raises(ZeroDivisionError):
-        fail()
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_a_folder_that_appeared_meanwhile_is_kept(tmp_path):
-    out = tmp_path / "out"
-
-    def be_late():
-        with new_folder(out, 0):
-            out.mkdir()
-            (out / "theirs").write_text("x")
-
-    with pytest.raises(CheckpointError, match="exists"):
-        be_late()
-    assert [path.name for path in tmp_path.iterdir()] == ["out"] and (out / "theirs").is_file()
-
-
-def test_an_empty_folder_is_filled_and_readable_by_all(tmp_path):
-    out = tmp_path / "out"
-    out.mkdir()
-    with new_folder(out, 0) as folder:
-        (folder / "file").write_text("x")
-    assert (out / "file").is_file() and out.stat().st_mode & 0o055 == 0o055
 
 
 SHAPES = {"mlp_AR.pre_norm.weight": (576,), "visual.vision_model.embeddings.packing_position_embedding.weight": (8, 144)}
