@@ -30,6 +30,7 @@ from megatron_keye.config.schema import ImageConfig, VideoConfig
 from megatron_keye.data.items import describe, media_rules, resolve
 from megatron_keye.data.limits import WORKER_ENVIRONMENT
 from megatron_keye.data.media.fingerprint import pixel_fingerprint
+from megatron_keye.data.places import Member
 from megatron_keye.data.record import Media
 from megatron_keye.data.shards import Span
 from megatron_keye.data.storage import LocalStore
@@ -97,8 +98,8 @@ def stored(path: Path) -> StoredMedium:
     rules = media_rules(ImageConfig(), VideoConfig(), VARIANT)
     blob = path.read_bytes()
     item = describe("video", blob, {}, rules)
-    span, media = Span(0, len(blob)), Media("video", "file", path.name)
-    return StoredMedium(LocalStore(path.parent), path.name, span, media, item, resolve(item, rules), VARIANT, path.name)
+    place, media = Member(LocalStore(path.parent), path.name, Span(0, len(blob))), Media("video", "file", path.name)
+    return StoredMedium(place, media, item, resolve(item, rules), VARIANT, path.name)
 
 
 def cpu_seconds(pid: int) -> float:

@@ -112,8 +112,8 @@ class Dataset:
         return self._index.source_sizes(self._usable, unnamed)
 
     def record_crc32(self, sample: int) -> int:
-        """Checksum of the record's JSON, which holds the SHA-256 of each of its media."""
-        return self._index.record_crc32(self._number(sample))
+        """Checksum of the record's JSON, which holds the SHA-256 of each of its media, and of that of media at web addresses."""
+        return self._index.payload_crc32(self._number(sample))
 
     def answer(self, sample: int) -> str | None:
         return self.record(sample).answer
@@ -148,16 +148,16 @@ class Dataset:
         facts = self._index.facts(number)
         if not facts.items:
             return []
-        rows = zip(self.record(sample).media, facts.items, self._fit(sample).items, self._index.media_spans(number), strict=True)
-        store, shard, place, variant = self._index.store, self._index.shard(number), self._place(sample), self._rules.variant
+        rows = zip(self.record(sample).media, facts.items, self._fit(sample).items, self._index.media_places(number), strict=True)
+        where, variant = self._place(sample), self._rules.variant
         return [
-            StoredMedium(store, shard, span, media, item, resolved, variant, f"{place}, medium {position}")
-            for position, (media, item, resolved, span) in enumerate(rows)
+            StoredMedium(place, media, item, resolved, variant, f"{where}, medium {position}")
+            for position, (media, item, resolved, place) in enumerate(rows)
         ]
 
     def bytes_read(self) -> int:
-        """Bytes of shards that were read so far."""
-        return self._index.store.bytes_read()
+        """Bytes of shards, and of media at web addresses, that were read so far."""
+        return self._index.bytes_read()
 
     def _number(self, sample: int) -> int:
         """Place of a usable sample in the index."""

@@ -5,6 +5,7 @@ Planning reads nothing else: text token counts, native sizes, slow-fast tags, an
 
 import hashlib
 import json
+import zlib
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
@@ -18,15 +19,16 @@ from megatron_keye.data.fit import SampleFacts
 from megatron_keye.data.items import Frames, Item, MediaRules
 from megatron_keye.data.locations import open_store
 from megatron_keye.data.media.video import DECODER_ID
+from megatron_keye.data.places import Member, Place, WebAddress
 from megatron_keye.data.shards import Span
-from megatron_keye.data.storage import LocalStore, Store
+from megatron_keye.data.storage import DEFAULT_STORAGE, LocalStore, Store
 from megatron_keye.data.template import TEMPLATE_VERSION
+from megatron_keye.data.web_media import WebMedia
 from megatron_keye.errors import DataError
 from megatron_keye.plan.table import SampleTable
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 INDEX_FOLDER = "index"
-DEFAULT_STORAGE = StorageConfig()
 META_FILE = "index.json"
 IMAGE, VIDEO = 0, 1
 ITEM_OPTIONS = ("min_pixels", "max_pixels", "resized_height", "resized_width", "total_pixels", "fps", "max_frames")
@@ -58,7 +60,8 @@ TABLES = {
     "items": np.dtype(
         [
             ("kind", "<u1"),
-            ("offset", "<i8"),
+            ("web", "<i8"),  # row in the web table, -1 for a member of the shard
+            ("offset", "<i8"),  # in the shard
             ("num_bytes", "<i8"),
             ("height", "<i4"),
             ("width", "<i4"),
@@ -73,6 +76,7 @@ TABLES = {
     # All that planning reads of a sample: its tokens, and its runs of attention segments. Apart, as every rank goes through it.
     "shapes": np.dtype([("tokens", "<i4"), ("num_runs", "<i4"), ("first_run", "<i8")]),
     "runs": np.dtype([("patches", "<i4"), ("segments", "<i4")]),  # of attention segments of like size, under the rules of the index
+    "web": np.dtype([("sha256", "V32")]),  # of media at web addresses, which are in the records
     "gaps": np.dtype("<i4"),  # text tokens before each attention segment
     "frames": np.dtype([("number", "<i4"), ("timestamp_s", "<f4"), ("tag", "<u1")]),
     "names": np.dtype("<u1"),
@@ -109,9 +113,11 @@ def made_with(tokenizer_fingerprint: str, rules: MediaRules) -> Made:
 class Index:
     """A read-only view of an index. Its arrays are memory-mapped; all methods may be called from several threads."""
 
-    def __init__(self, store: Store, meta: dict[str, Any], tables: Mapping[str, np.ndarray]):
+    def __init__(self, store: Store, web: WebMedia | None, meta: dict[str, Any], tables: Mapping[str, np.ndarray]):
+        """`web` reads media at web addresses; None where there are none."""
         self.store = store
         """Holds the shards."""
+        self._web = web
         self._meta = meta
         self._tables = tables
         self._shards = [shard["name"] for shard in meta["shards"]]
@@ -134,8 +140,25 @@ class Index:
         """Checksum of the record's JSON."""
         return int(self._tables["samples"]["record_crc32"][sample])
 
-    def media_spans(self, sample: int) -> list[Span]:
-        return [Span(int(item["offset"]), int(item["num_bytes"])) for item in self._item_rows(sample)]
+    def payload_crc32(self, sample: int) -> int:
+        """Checksum of all that the sample is made of: the record's JSON, which has the SHA-256 of members, and that of web media."""
+        checksum = self.record_crc32(sample)
+        for number in self._item_rows(sample)["web"].tolist():
+            checksum = checksum if number < 0 else zlib.crc32(self._web_sha256(number), checksum)
+        return checksum
+
+    def media_places(self, sample: int) -> list[Place]:
+        shard = self.shard(sample)
+        return [
+            Member(self.store, shard, Span(int(item["offset"]), int(item["num_bytes"])))
+            if item["web"] < 0
+            else WebAddress(self._web, self._web_sha256(item["web"]).hex())
+            for item in self._item_rows(sample)
+        ]
+
+    def bytes_read(self) -> int:
+        """Of shards, and of media at web addresses, so far."""
+        return self.store.bytes_read() + (0 if self._web is None else self._web.bytes_read())
 
     def key_and_id(self, sample: int) -> tuple[str, str]:
         """The sample's key in its shard and the id of its record."""
@@ -205,6 +228,9 @@ class Index:
         number = int(self._tables["samples"][column][sample])
         return None if number < 0 else self._meta[names][number]
 
+    def _web_sha256(self, number: int) -> bytes:
+        return self._tables["web"]["sha256"][number].tobytes()
+
     def _item_rows(self, sample: int) -> np.ndarray:
         row = self._tables["samples"][sample]
         return self._tables["items"][int(row["first_item"]) : int(row["first_item"]) + int(row["num_items"])]
@@ -238,7 +264,8 @@ def open_index(location: str | Path, storage: StorageConfig = DEFAULT_STORAGE) -
         path = store.folder_here(INDEX_FOLDER, [META_FILE, *(f"{name}.npy" for name in TABLES)], verify)
         meta = _read_meta(path, address, remedy)
         tables = {name: _open_table(path, name, meta["rows"][name]) for name in TABLES}
-        index = Index(store, meta, tables)
+        web = WebMedia(storage) if len(tables["web"]) else None
+        index = Index(store, web, meta, tables)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise DataError(f"the index at {address} is damaged ({type(error).__name__}: {error}); {remedy} again") from error
     store.check_lengths({shard["name"]: shard["bytes"] for shard in meta["shards"]}, remedy)

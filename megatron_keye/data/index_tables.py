@@ -22,6 +22,14 @@ LISTS = (("task", "tasks"), ("source", "sources"))
 
 
 @dataclass(frozen=True, slots=True)
+class WebBytes:
+    """What was at the web address of a medium."""
+
+    num_bytes: int
+    sha256: bytes
+
+
+@dataclass(frozen=True, slots=True)
 class SampleRow:
     """One sample, as it was found in a shard. `shape` is its full one, under the rules of the index."""
 
@@ -30,7 +38,7 @@ class SampleRow:
     record: Span
     record_crc32: int
     items: tuple[Item, ...]
-    media: tuple[Span, ...]
+    media: tuple[Span | WebBytes, ...]
     shape: SampleShape
     supervised_tokens: int
     first_supervised: int | None
@@ -74,8 +82,11 @@ def shard_index(name: str, num_bytes: int, rows: Sequence[SampleRow], problems: 
         lists["shapes"].append((row.shape.num_tokens, len(runs), len(lists["runs"])))
         lists["runs"] += runs
         names += row_name
-        for item, span in zip(row.items, row.media, strict=True):
-            lists["items"].append(_item_row(item, span, len(lists["frames"])))
+        for item, found in zip(row.items, row.media, strict=True):
+            place = (-1, found.offset) if isinstance(found, Span) else (len(lists["web"]), 0)
+            lists["items"].append(_item_row(item, (*place, found.num_bytes), len(lists["frames"])))
+            if isinstance(found, WebBytes):
+                lists["web"].append((found.sha256,))
             if item.frames is not None:
                 lists["frames"] += zip(item.frames.numbers, item.frames.timestamps_s, item.frames.tags, strict=True)
     tables = {table: np.array(lists[table], dtype=dtype) for table, dtype in TABLES.items() if table != "names"}
@@ -94,6 +105,7 @@ def merge(shards: Sequence[ShardIndex]) -> tuple[dict[str, np.ndarray], list[str
         for column, table in LINKS:
             tables["samples"][column] += rows_before[table]
         tables["items"]["first_frame"] += rows_before["frames"]
+        tables["items"]["web"][tables["items"]["web"] >= 0] += rows_before["web"]
         tables["shapes"]["first_run"] += rows_before["runs"]
         for column, name in LISTS:
             # A sample without a task has number -1, which takes the last entry here.
@@ -129,14 +141,14 @@ def write_index(folder: Path, made: Made, shards: Sequence[ShardIndex]) -> None:
     partial.rename(final)
 
 
-def _item_row(item: Item, span: Span, first_frame: int) -> tuple:
+def _item_row(item: Item, place: tuple[int, int, int], first_frame: int) -> tuple:
     if item.frames is None:
         clip = (first_frame, 0, 0.0, 0, 0.0)
     else:
         clip = (first_frame, len(item.frames.numbers), item.frames.rate, item.frames.clip_frames, item.frames.clip_fps)
     kind = IMAGE if item.frames is None else VIDEO
     wishes = (item.options.get(name, 0) for name in ITEM_OPTIONS)
-    return (kind, span.offset, span.num_bytes, item.height, item.width, *clip, *wishes)
+    return (kind, *place, item.height, item.width, *clip, *wishes)
 
 
 def _entries(shard: ShardIndex, name: str) -> tuple[str, ...]:

@@ -14,7 +14,7 @@ from megatron_keye.config.schema import StorageConfig
 from megatron_keye.data.chunks import ChunkGrid, stretches
 from megatron_keye.data.retry import Retries, Transient, with_retries
 from megatron_keye.data.shards import Span
-from megatron_keye.data.span_cache import SpanCache, locked
+from megatron_keye.data.span_cache import locked, open_cache
 from megatron_keye.data.storage import ByteCounter
 from megatron_keye.errors import DataError, SettingsError, UnreachableError
 
@@ -36,10 +36,7 @@ class RemoteStore:
         self._fs, self._root = _file_system(self._url, settings.timeout_s)
         self._retries = Retries(settings.attempts, settings.first_pause_s)
         self._folder = Path(settings.cache).expanduser()
-        try:
-            self._cache = SpanCache(self._folder / "spans", settings.cache_bytes) if settings.cache_bytes else None
-        except OSError as error:
-            raise SettingsError(f"data.storage.cache: cannot make {self._folder}: {error}; name a folder on a disk of the node") from error
+        self._cache = open_cache(settings)
         self._chunk_bytes = settings.chunk_bytes
         self._counter = ByteCounter()
         self._version = ""

@@ -85,11 +85,17 @@ def check_sha256(blob: bytes, media: Media, where: str) -> None:
         raise DataError(f"{where}: the bytes of {media.address} do not match their sha256 in the record: damaged; restore the shard")
 
 
-def encode_sample(key: str, record: Record, blobs: Iterable[bytes]) -> dict[str, str | bytes]:
-    """A webdataset sample of `record` and the bytes of its media, in order; the record is made to name them as members."""
+def encode_sample(key: str, record: Record, blobs: Iterable[bytes | None]) -> dict[str, str | bytes]:
+    """A webdataset sample of `record` and the bytes of its media, in order; the record is made to name them as members.
+
+    A medium of which None is given stays where it is.
+    """
     sample: dict[str, str | bytes] = {"__key__": key}
     stored = []
     for number, (media, blob) in enumerate(zip(record.media, blobs, strict=True)):
+        if blob is None:
+            stored.append(media)
+            continue
         member = f"{number}.{_extension(media)}"
         sample[member] = blob
         stored.append(replace(media, origin="member", address=member, sha256=hashlib.sha256(blob).hexdigest()))

@@ -15,6 +15,9 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from uuid import uuid4
 
+from megatron_keye.config.schema import StorageConfig
+from megatron_keye.errors import SettingsError
+
 CRC_BYTES = 4
 KEEP_FRACTION = 0.9
 """Room is made for more than one entry at a time: down to this part of the limit."""
@@ -110,6 +113,15 @@ class SpanCache:
                 elif time.time() - facts.st_mtime > ABANDONED_AFTER_S:
                     path.unlink()
         return found
+
+
+def open_cache(settings: StorageConfig) -> SpanCache | None:
+    """This machine's cache, or None where the settings keep nothing. Raises SettingsError for a folder that cannot be made."""
+    folder = Path(settings.cache).expanduser()
+    try:
+        return SpanCache(folder / "spans", settings.cache_bytes) if settings.cache_bytes else None
+    except OSError as error:
+        raise SettingsError(f"data.storage.cache: cannot make {folder}: {error}; name a folder on a disk of the node") from error
 
 
 def _crc(blob: bytes) -> bytes:

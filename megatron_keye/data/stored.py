@@ -1,4 +1,4 @@
-"""Media of indexed shards: where the bytes are, and everything that their pixels depend on."""
+"""Media of indexed samples: where the bytes are, and everything that their pixels depend on."""
 
 from dataclasses import dataclass
 
@@ -6,9 +6,8 @@ import numpy as np
 
 from megatron_keye.config.schema import Variant
 from megatron_keye.data.items import Item, Resolved, load_patches
+from megatron_keye.data.places import Place
 from megatron_keye.data.record import Media
-from megatron_keye.data.shards import Span, check_sha256
-from megatron_keye.data.storage import Store
 from megatron_keye.errors import DataError
 
 
@@ -16,9 +15,7 @@ from megatron_keye.errors import DataError
 class StoredMedium:
     """An image or video of a sample. `where` says in messages which one it is."""
 
-    store: Store
-    shard: str
-    span: Span
+    place: Place
     media: Media
     item: Item
     resolved: Resolved
@@ -27,8 +24,7 @@ class StoredMedium:
 
     def patches(self) -> list[np.ndarray]:
         """uint8 [num_patches, 588] per attention segment, in order. Raises DataError for media that cannot be decoded."""
-        blob = self.store.read(self.shard, self.span)
-        check_sha256(blob, self.media, self.where)
+        blob = self.place.read(self.media, self.where)
         try:
             return load_patches(self.item, self.resolved, blob, self.variant)
         except DataError as error:

@@ -1,6 +1,7 @@
 """Images and videos at web addresses: fetched within limits of size and time, and never from inside a network unless settings name it."""
 
 import asyncio
+import hashlib
 import ipaddress
 import socket
 import time
@@ -12,6 +13,8 @@ import aiohttp
 
 from megatron_keye.config.schema import StorageConfig
 from megatron_keye.data.retry import Retries, Transient, with_retries
+from megatron_keye.data.span_cache import open_cache
+from megatron_keye.data.storage import ByteCounter
 from megatron_keye.errors import DataError, MediumUnreachableError
 
 MAX_REDIRECTS = 5
@@ -22,6 +25,31 @@ NOT_ASKED = (405, 501)
 HEADERS = {"User-Agent": "megatron_keye", "Accept-Encoding": "identity"}
 Result = TypeVar("Result")
 Use = Callable[[aiohttp.ClientResponse], Awaitable[Result]]
+
+
+class WebMedia:
+    """Indexed media at web addresses; what was fetched is kept in this machine's cache. May be used from several threads."""
+
+    def __init__(self, settings: StorageConfig):
+        """Raises SettingsError for a cache that cannot be made."""
+        self._settings, self._cache, self._counter = settings, open_cache(settings), ByteCounter()
+
+    def read(self, url: str, sha256: str, where: str) -> bytes:
+        """The bytes at `url`. Raises DataError as `web_bytes` does, and where they do not have the checksum any more."""
+        key = f"{url} {sha256}"
+        if self._cache is not None and (cached := self._cache.get(key)) is not None:
+            return cached
+        blob = web_bytes(url, where, self._settings)
+        self._counter.add(len(blob))
+        if hashlib.sha256(blob).hexdigest() != sha256:
+            raise DataError(f"{where}: {url} has changed since it was indexed; remove the record, or run data_tools/index_shards.py again")
+        if self._cache is not None:
+            self._cache.put(key, blob)
+        return blob
+
+    def bytes_read(self) -> int:
+        """Bytes that were fetched so far."""
+        return self._counter.total
 
 
 def web_bytes(url: str, where: str, settings: StorageConfig) -> bytes:

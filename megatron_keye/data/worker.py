@@ -18,7 +18,7 @@ from megatron_keye.contract.media import PATCH_VALUES
 from megatron_keye.data import messages
 from megatron_keye.data.limits import end_with_parent, is_out_of_memory, limit_memory
 from megatron_keye.data.sources import Samples
-from megatron_keye.errors import DataError, KeyeError, UnreachableError
+from megatron_keye.errors import DataError, KeyeError, MediumUnreachableError, UnreachableError
 
 
 class CountedSamples(Samples, Protocol):
@@ -91,9 +91,12 @@ def _write(samples: Samples, sample: int, planned: tuple[int, int], slab: Binary
 def _code(error: Exception) -> str:
     if is_out_of_memory(error):
         return "oom"
-    if isinstance(error, DataError):
-        return "data"
-    return "unreachable" if isinstance(error, UnreachableError) else "internal"
+    codes = {
+        MediumUnreachableError: "medium_unreachable",  # a DataError, too
+        DataError: "data",
+        UnreachableError: "unreachable",
+    }
+    return next((code for kind, code in codes.items() if isinstance(error, kind)), "internal")
 
 
 def main(opener: OpenSets) -> int:

@@ -27,7 +27,7 @@ from megatron_keye.data.slabs import Slab
 from megatron_keye.data.sources import LoadCounts, LoadedSample, Requests, Results, read_each
 from megatron_keye.data.tokenize import TokenizedSample
 from megatron_keye.data.worker import TOKEN_BYTES, result_bytes
-from megatron_keye.errors import DataError, KeyeError, SettingsError, UnreachableError
+from megatron_keye.errors import DataError, KeyeError, MediumUnreachableError, SettingsError, UnreachableError
 
 WORKER_COMMAND = (sys.executable, "-m", "megatron_keye.data.decode_worker")
 START_TIMEOUT_S = 120.0
@@ -264,7 +264,12 @@ class WorkerSource:
 
 def _error(code: str, message: str) -> KeyeError:
     """What the worker met, as what it was."""
-    return {"data": DataError, "unreachable": UnreachableError}.get(code, KeyeError)(message)
+    kinds = {
+        "data": DataError,
+        "medium_unreachable": MediumUnreachableError,
+        "unreachable": UnreachableError,
+    }
+    return kinds.get(code, KeyeError)(message)
 
 
 def _num_bytes(shape: SampleShape) -> int:

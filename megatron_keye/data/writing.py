@@ -42,17 +42,21 @@ class ShardPlan:
 
     shards: tuple[tuple[Line, ...], ...]
     problems: tuple[Problem, ...]
+    keep_web: bool
+    """Whether media at web addresses stay there."""
 
     @property
     def num_samples(self) -> int:
         return sum(len(lines) for lines in self.shards)
 
 
-def plan_shards(source: Path, shard_bytes: int, storage: StorageConfig = DEFAULT_STORAGE) -> ShardPlan:
+def plan_shards(
+    source: Path, shard_bytes: int, storage: StorageConfig = DEFAULT_STORAGE, keep_web: bool = False
+) -> ShardPlan:  # fmt: skip
     """Check every record of `source` and cut them, in order, into shards of about `shard_bytes`.
 
-    Media are read only as far as their size, web addresses as `storage` says. The plan depends on the input alone. Raises DataError
-    for a file that cannot be read or has no record.
+    Media are read only as far as their size, web addresses as `storage` says, or not at all where `keep_web` leaves them where they
+    are. The plan depends on the input alone. Raises DataError for a file that cannot be read or has no record.
     """
     shards: list[list[Line]] = []
     problems: list[Problem] = []
@@ -61,7 +65,7 @@ def plan_shards(source: Path, shard_bytes: int, storage: StorageConfig = DEFAULT
     for line, text in _lines(source):
         place = f"{source}:{line.number}"
         try:
-            record_id, num_bytes = _check(text, source.parent, place, storage)
+            record_id, num_bytes = _check(text, source.parent, place, storage, keep_web)
             if record_id in seen:
                 raise DataError(f"{place}: found id {record_id} again, first on line {seen[record_id]}; give every record its own")
         except DataError as error:
@@ -75,7 +79,7 @@ def plan_shards(source: Path, shard_bytes: int, storage: StorageConfig = DEFAULT
         filled_bytes += num_bytes
     if not shards and not problems:
         raise DataError(f"{source} has no record; expected one JSON object per line")
-    return ShardPlan(tuple(tuple(s) for s in shards), tuple(problems))
+    return ShardPlan(tuple(tuple(s) for s in shards), tuple(problems), keep_web)
 
 
 def write_shards(
@@ -99,7 +103,7 @@ def write_shards(
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     try:
-        jobs = [(source, partial / f"shard-{number:06d}.tar", lines, storage) for number, lines in enumerate(plan.shards)]
+        jobs = [(source, partial / f"shard-{number:06d}.tar", lines, storage, plan.keep_web) for number, lines in enumerate(plan.shards)]
         for num_samples in run_jobs(_write_shard, jobs, workers):
             on_shard(num_samples)
         if folder.exists():
@@ -148,14 +152,14 @@ def _lines(source: Path) -> Iterator[tuple[Line, bytes]]:
         raise DataError(f"cannot read {source}: {error.strerror or error}; expected a JSONL file of records") from error
 
 
-def _check(text: bytes, folder: Path, place: str, storage: StorageConfig) -> tuple[str, int]:
+def _check(text: bytes, folder: Path, place: str, storage: StorageConfig, keep_web: bool) -> tuple[str, int]:
     """Id of the record on a line, and about how many bytes it takes in a shard."""
     record = parse_record(parse_json(text, place), place)
     media_num_bytes = 0
     for media in record.media:
         path = folder / media.address
         if media.origin == "web":
-            media_num_bytes += web_num_bytes(media.address, f"{place}, record {record.id}", storage)
+            media_num_bytes += 0 if keep_web else web_num_bytes(media.address, f"{place}, record {record.id}", storage)
         elif media.origin == "file" and path.is_file() and path.stat().st_size > 0:
             media_num_bytes += path.stat().st_size
         else:
@@ -163,7 +167,7 @@ def _check(text: bytes, folder: Path, place: str, storage: StorageConfig) -> tup
     return record.id, len(text) + media_num_bytes
 
 
-def _write_shard(source: Path, path: Path, lines: tuple[Line, ...], storage: StorageConfig) -> int:
+def _write_shard(source: Path, path: Path, lines: tuple[Line, ...], storage: StorageConfig, keep_web: bool) -> int:
     """Write one shard; the number of its samples."""
     import webdataset  # loads torch, which checking records does not need
 
@@ -172,6 +176,9 @@ def _write_shard(source: Path, path: Path, lines: tuple[Line, ...], storage: Sto
             place = f"{source}:{line.number}"
             file.seek(line.offset)
             record = parse_record(parse_json(file.read(line.num_bytes), place), place)
-            blobs = [media_bytes(media, source.parent, f"{place}, record {record.id}", storage) for media in record.media]
+            where = f"{place}, record {record.id}"
+            stays = [keep_web and media.origin == "web" for media in record.media]
+            pairs = zip(record.media, stays, strict=True)
+            blobs = [None if stay else media_bytes(media, source.parent, where, storage) for media, stay in pairs]
             tar.write(encode_sample(f"{line.number:09d}", record, blobs))
     return len(lines)

@@ -12,6 +12,7 @@ from megatron_keye.config.schema import DataConfig, MediaConfig
 from megatron_keye.contract.media import PATCH_VALUES, SampleShape
 from megatron_keye.data.dataset import Dataset
 from megatron_keye.data.media.fingerprint import pixel_fingerprint
+from megatron_keye.data.places import Member, WebAddress
 from megatron_keye.data.sources import LoadCounts, LoadedSample, MediaCounts, Requests, Results, Source, read_each
 from megatron_keye.data.stored import StoredMedium
 from megatron_keye.errors import DataError, KeyeError, SettingsError
@@ -58,8 +59,12 @@ class RemoteSource:
         self._stop: Future = Future()
 
     def read(self, sample: int, shape: SampleShape) -> LoadedSample:
-        """As `local.read`, DataError included: a server's word that a medium is damaged is confirmed here."""
+        """As `local.read`, DataError included: a server's word that a medium is damaged is confirmed here.
+
+        Servers read files alone, so a sample with a medium at a web address is read here."""
         media = self._dataset.stored_media(sample)
+        if any(isinstance(medium.place, WebAddress) for medium in media):
+            return self._read_here(sample, shape, len(media))
         patches: list[np.ndarray] = []
         for medium in media:
             segments = self._fetch(medium)
@@ -104,12 +109,14 @@ class RemoteSource:
 
 def job_of(medium: StoredMedium, own_decoder_id: str) -> DecodeJob:
     """What to ask a server for."""
-    item, frames = medium.item, medium.item.frames
+    if not isinstance(medium.place, Member):
+        raise AssertionError(f"{medium.where} is no member of a shard, so that no server can read it")
+    place, item, frames = medium.place, medium.item, medium.item.frames
     is_slow_fast = frames is not None and medium.variant == "keye_vl_1_5"
     return DecodeJob(
-        path=os.path.realpath(medium.store.address(medium.shard)),
-        offset=medium.span.offset,
-        num_bytes=medium.span.num_bytes,
+        path=os.path.realpath(place.store.address(place.shard)),
+        offset=place.span.offset,
+        num_bytes=place.span.num_bytes,
         sha256=medium.media.sha256,
         variant=medium.variant,
         height=item.height,

@@ -145,7 +145,7 @@ DAMAGES = {
     "no index": (lambda f: shutil.rmtree(f / "index"), "no index at"),
     "no shard": (lambda f: list_shards(f)[1].unlink(), "shard-000001.tar is missing"),
     "short shard": (lambda f: cut(list_shards(f)[0], 5000), "has 5000 bytes, but had"),
-    "other format": (lambda f: edit_meta(f, format=0), "has format 0, expected 2"),
+    "other format": (lambda f: edit_meta(f, format=0), "has format 0, expected 3"),
     "meta is not JSON": (lambda f: cut(f / "index" / "index.json", 40), "the index at .* is damaged"),
     "meta lacks fields": (lambda f: (f / "index" / "index.json").write_text("{}"), "the index at .* is damaged"),
     "short table": (lambda f: cut(f / "index" / "items.npy", 500), "the index at .* is damaged"),

@@ -3,6 +3,8 @@
 import random
 import socket
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -13,6 +15,7 @@ from megatron_keye.data.dataset import Dataset
 from megatron_keye.data.items import iter_patches
 from megatron_keye.data.media.fingerprint import pixel_fingerprint
 from megatron_keye.data.media.video import DECODER_ID
+from megatron_keye.data.places import WebAddress
 from megatron_keye.data.sources import MediaCounts, ThreadSource
 from megatron_keye.data.stored import StoredMedium
 from megatron_keye.errors import DataError, KeyeError, SettingsError
@@ -94,6 +97,16 @@ def test_servers_that_decode_otherwise_are_named(indexed, tokenizer, tmp_path):
     assert f"not asked, as they decode otherwise than {media.decoder_id}: http://old:7300" in media.summary()
 
 
+def test_media_at_web_addresses_are_read_here_and_no_server_is_asked(indexed, tokenizer):
+    dataset, media = open_set(indexed[VARIANTS[0]], tokenizer, VARIANTS[0], servers=("http://127.0.0.1:9",))
+    sample = next(s for s in range(len(dataset)) if dataset.layouts(s))
+    stored = [replace(medium, place=WebAddress(None, "")) for medium in dataset.stored_media(sample)]
+    local = SimpleNamespace(read=lambda sample, shape: "from here")
+    asked = SimpleNamespace(stored_media=lambda sample: stored, sample_id=dataset.sample_id)
+    assert RemoteSource(asked, media, local).read(sample, dataset.shape(sample)) == "from here"
+    assert media.client.counts.values == {"local": len(stored)}
+
+
 def test_a_closed_source_waits_for_no_server_and_decodes_nothing(indexed, tokenizer):
     with socket.create_server(("127.0.0.1", 0)) as hung:
         url = f"http://127.0.0.1:{hung.getsockname()[1]}"
@@ -131,8 +144,8 @@ def test_a_damaged_medium_gives_the_same_error_as_here(indexed, tokenizer, real,
     dataset, media = open_set(folder, tokenizer, variant, servers=(real.url,))
     sample = next(s for s in range(len(dataset)) if dataset.layouts(s))
     medium = dataset.stored_media(sample)[0]
-    with open(medium.store.address(medium.shard), "r+b") as file:
-        file.seek(medium.span.offset + medium.span.num_bytes // 2)
+    with open(medium.place.store.address(medium.place.shard), "r+b") as file:
+        file.seek(medium.place.span.offset + medium.place.span.num_bytes // 2)
         byte = file.read(1)
         file.seek(-1, 1)
         file.write(bytes([byte[0] ^ 255]))
@@ -198,7 +211,7 @@ def test_hundreds_of_damaged_files_end_there_as_they_end_here(indexed, tokenizer
     refused = 0
     for seed in range(300):
         medium = kinds[seed % 2 + (seed % 4 == 3)]
-        blob = damaged(medium.store.read(medium.shard, medium.span), seed)
+        blob = damaged(medium.place.read(medium.media, medium.where), seed)
         path.write_bytes(blob)
         changes = dict(path=str(path), offset=0, num_bytes=len(blob), sha256=None)
         answer = post(real.url, job_of(medium, real.front._decoder_id).model_copy(update=changes))
