@@ -26,6 +26,9 @@ example:
   launch/train.sh ... --set data.media.registry=/shared/io data.media.secret_file=/shared/io/secret
 
 end them: scancel -n keye-io
+
+Servers for one run alone, in the same job: launch/train.sh --io-nodes N. Without --io-nodes, the loss of a server node never
+disturbs a run; a heterogeneous job with one server node is started again as a whole when that node is lost.
 HELP
 }
 

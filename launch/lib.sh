@@ -1,4 +1,4 @@
-# shellcheck shell=bash
+# shellcheck shell=bash disable=SC2034  # variables are for those that source this
 # What the SLURM launchers share: where things are, the site's settings, and the environment of training processes.
 
 keye_root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
@@ -25,11 +25,25 @@ load_site() {
     fi
 }
 
-# Sets KEYE_ROOT and KEYE_PYTHON: the trainer's Python, which the container has or all nodes share.
+# Sets KEYE_ROOT, KEYE_PYTHON (the trainer's Python, which the container has or all nodes share) and login_python, which submits.
 find_python() {
     export KEYE_ROOT=$keye_root
     export KEYE_PYTHON=${SITE_PYTHON:-$keye_root/.venv/bin/python}
+    login_python=${SITE_LOGIN_PYTHON:-$KEYE_PYTHON}
     export PYTHONPATH=$keye_root${PYTHONPATH:+:$PYTHONPATH}
+}
+
+# Sets in_container: what runs a command of this node in the site's container, empty where there is none.
+container_command() {
+    in_container=()
+    case ${SITE_CONTAINER:-} in
+        "") ;;
+        pyxis)
+            in_container=(srun --ntasks=1 --overlap --container-image="$SITE_IMAGE" ${SITE_MOUNTS:+--container-mounts="$SITE_MOUNTS"}) ;;
+        apptainer)
+            in_container=(apptainer exec --nv ${SITE_MOUNTS:+--bind="$SITE_MOUNTS"} "$SITE_IMAGE") ;;
+        *) die "SITE_CONTAINER is '$SITE_CONTAINER' in launch/site.env: expected pyxis, apptainer, or nothing" ;;
+    esac
 }
 
 # Everything that a training process finds in its environment, for $1 processes on this node. What is set already stays.

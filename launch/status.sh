@@ -5,4 +5,4 @@ set -euo pipefail
 . "$(dirname "${BASH_SOURCE[0]}")/lib.sh"
 load_site
 find_python
-exec "$KEYE_PYTHON" -m megatron_keye.train.supervise.status "$@"
+exec "$login_python" -m megatron_keye.train.supervise.status "$@"

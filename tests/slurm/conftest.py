@@ -137,5 +137,6 @@ def drill(cluster, settings, tmp_path) -> Iterator[Drill]:
 def write_site(folder: Path) -> Path:
     """The site's settings for these clusters."""
     site = folder / "site.env"
-    site.write_text(f"SITE_CPUS_PER_NODE=1\nSITE_PYTHON={sys.executable}\nGLOO_SOCKET_IFNAME=lo\n")
+    io = "SITE_IO_PARTITION=io\nSITE_IO_CPUS=1\n"
+    site.write_text(f"SITE_CPUS_PER_NODE=1\n{io}SITE_PYTHON={sys.executable}\nGLOO_SOCKET_IFNAME=lo\n")
     return site

@@ -1,6 +1,8 @@
-"""A run whose I/O server is lost with its node, and comes back."""
+"""Runs with I/O servers, in a job of their own or in the run's, that are lost with their nodes."""
 
 import json
+import re
+import sys
 from pathlib import Path
 
 import pytest
@@ -8,13 +10,24 @@ import pytest
 from tests.slurm.cluster import Cluster
 from tests.slurm.conftest import Drill
 
-pytestmark = [pytest.mark.slurm, pytest.mark.slow]
+pytestmark = pytest.mark.slurm
 
 
 @pytest.fixture(scope="module")
 def cluster(tmp_path_factory):
-    with Cluster(tmp_path_factory.mktemp("cluster"), io_nodes=1) as cluster:
+    with Cluster(tmp_path_factory.mktemp("cluster"), io_nodes=2) as cluster:
         yield cluster
+
+
+@pytest.fixture(autouse=True)
+def whole_cluster(cluster):
+    """Every drill leaves all nodes up, and idle."""
+    yield
+    for node in cluster.nodes:
+        if not cluster.is_up(node):
+            cluster.boot(node)
+    cluster.run("scancel", "--me")
+    cluster.wait_until_idle()
 
 
 def lease_ends_s(registry: Path) -> float:
@@ -22,6 +35,15 @@ def lease_ends_s(registry: Path) -> float:
     return max((json.loads(file.read_text())["expires_s"] for file in registry.glob("*.json")), default=0.0)
 
 
+def served(drill: Drill, registry: Path) -> int:
+    """Images and videos that the servers of a registry have decoded, by their own counters."""
+    asking = "import sys, urllib.request; print(urllib.request.urlopen(sys.argv[1] + '/metrics', timeout=5).read().decode())"
+    urls = [json.loads(file.read_text())["url"] for file in registry.glob("*.json")]
+    said = "".join(drill.cluster.run(sys.executable, "-c", asking, url, check=False) for url in urls)
+    return sum(int(float(count)) for count in re.findall(r"^keye_io_decoded_total\S* (\S+)$", said, re.MULTILINE))
+
+
+@pytest.mark.slow
 def test_an_io_server_is_lost_and_comes_back(drill: Drill, tiny, undisturbed, tmp_path):
     """The run decodes by itself meanwhile: not one step differs, and no attempt fails."""
     registry = tmp_path / "io"
@@ -39,3 +61,43 @@ def test_an_io_server_is_lost_and_comes_back(drill: Drill, tiny, undisturbed, tm
     assert drill.causes() == ["done"]
     assert "media from servers" in drill.log()
     drill.assert_like(undisturbed)
+
+
+def test_a_run_brings_its_io_servers_with_it(drill: Drill, undisturbed):
+    """A heterogeneous job: both components start, go back to the queue and end as one."""
+    registry = drill.run_dir.path / "io_servers"
+    job = drill.submit("--io-nodes", "1")
+    assert f"is already in job {job}\n" in drill.launch("--io-nodes", "1")
+    drill.wait_until(lambda: served(drill, registry) > 0, "pixels from the server")
+    drill.cluster.run("scancel", "--batch", "--signal=USR1", job)
+    drill.wait_until(lambda: drill.causes() == ["time_limit"], "the end of the attempt")
+    drill.wait_until_done()
+    drill.wait_for_end_of(job)
+    drill.wait_for_end_of(str(int(job) + 1))
+    assert drill.causes() == ["time_limit", "done"]
+    assert drill.log().count("media from servers") == 2, "the servers come back with the job"
+    drill.assert_like(undisturbed)
+
+
+@pytest.mark.slow
+def test_the_only_server_node_of_a_heterogeneous_job_is_lost(drill: Drill):
+    """SLURM starts the whole job again: the ranks save, as they do before any requeue."""
+    drill.submit("--io-nodes", "1", "--set", "train.steps=100000")
+    drill.wait_for_step(30)
+    drill.cluster.crash("io1")
+    drill.wait_until(lambda: drill.causes() == ["requeued"], "the requeue")
+    (ending,) = drill.endings()
+    assert ending.saved_step == ending.last_step
+    drill.wait_until(lambda: len(drill.attempts()) == 2, "the next attempt")
+    assert drill.attempts()[1].first_step == ending.last_step
+
+
+@pytest.mark.slow
+def test_one_of_two_server_nodes_of_a_heterogeneous_job_is_lost(drill: Drill):
+    """SLURM takes the node from the job, and the run goes on as if nothing had happened."""
+    job = drill.submit("--io-nodes", "2", "--set", "train.steps=100000")
+    drill.wait_for_step(30)
+    drill.cluster.crash("io1")
+    drill.wait_until(lambda: drill.cluster.job(str(int(job) + 1), "NodeList") == "io2", "the loss")
+    drill.wait_for_step(drill.num_steps() + 20)
+    assert drill.causes() == []

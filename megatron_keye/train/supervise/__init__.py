@@ -9,7 +9,8 @@ What runs inside a job needs the standard library only, since it runs beside the
 5. `evidence`: what an attempt left behind in the run directory.
 6. `journal`: one line per event, read by the next decision and by `goodput` for `keye report`; `diagnosis`: `failure.json`.
 7. `slurm`: the few SLURM commands that are used, as command lines and as calls.
-8. `attempt`, `supervisor`: one start of the ranks, and one after the other; `python -m megatron_keye.train.supervise RUN_DIR`.
+8. `servers`: I/O servers in the job itself, where it has nodes for them.
+9. `attempt`, `supervisor`: one start of the ranks, and one after the other; `python -m megatron_keye.train.supervise RUN_DIR`.
 
 What people run on the login host is behind launch/*.sh: `submit`, `chain`, `status`, `check_nodes`.
 """

@@ -32,7 +32,7 @@ OWN_FAULTS = ("crash", "hang", "disk_full")
 NO_ROOM = ("No space left on device", "Disk quota exceeded")
 """In the error of a rank. Others may make room, so that it is worth another try."""
 NO_FAULT = ("requeued", "vanished", "lost_node", "bad_node")
-"""What happens to a run; however often, it says nothing about the run."""
+"""What happens to a run, and says nothing about it."""
 
 
 @dataclass(frozen=True)
@@ -119,6 +119,8 @@ class Policy:
     """Attempts that ended by themselves, in all."""
     max_without_progress: int = 4
     """Attempts one after the other that saved nothing new."""
+    max_starts_without_progress: int = 10
+    """The same, those included that their nodes ended: bad nodes, lost ones, and what brings nodes down."""
     max_same_error: int = 3
     """Attempts one after the other with the same error at the same step."""
     max_blames: int = 2
@@ -145,7 +147,7 @@ class Action:
 def decide(history: Sequence[Ending], allocated: Sequence[str], time_left_s: float, policy: Policy) -> Action:
     """What to do after the last attempt in `history` (oldest first, at least one); `allocated` are the job's nodes."""
     ending = history[-1]
-    final = _if_final(ending) or _if_hopeless(history, allocated, policy)
+    final = _if_final(ending) or if_hopeless(history, allocated, policy)
     if final is not None:
         return final
     delay_s = _backoff_s(history, policy)
@@ -195,7 +197,8 @@ def _if_final(ending: Ending) -> Action | None:
     return None
 
 
-def _if_hopeless(history: Sequence[Ending], allocated: Sequence[str], policy: Policy) -> Action | None:
+def if_hopeless(history: Sequence[Ending], allocated: Sequence[str], policy: Policy) -> Action | None:
+    """To stop with a diagnosis, where another attempt would only burn the queue; None where it may help."""
     ending = history[-1]
     if ending.cause == "bad_node" and set(allocated) <= set(ending.bad_nodes):
         return Action("stop", f"preflight failed on every node: {ending.error}", GIVEN_UP)
@@ -205,8 +208,10 @@ def _if_hopeless(history: Sequence[Ending], allocated: Sequence[str], policy: Po
         return Action("stop", f"{len(latest)} attempts ended in step {ending.last_step} with the same error: {ending.error}", GIVEN_UP)
     if len(faults) >= policy.max_failures:
         return Action("stop", f"{len(faults)} attempts failed, the most that are tried; the last error: {ending.error}", GIVEN_UP)
-    if _without_progress(history) >= policy.max_without_progress:
-        return Action("stop", f"{policy.max_without_progress} attempts in a row saved nothing after step {ending.saved_step}", GIVEN_UP)
+    for limit, ignored in ((policy.max_without_progress, NO_FAULT), (policy.max_starts_without_progress, ("requeued",))):
+        if _without_progress(history, ignored) >= limit:
+            last = f"the last ended by {ending.cause}: {ending.error}"
+            return Action("stop", f"{limit} attempts in a row saved nothing after step {ending.saved_step}; {last}", GIVEN_UP)
     return None
 
 
@@ -215,15 +220,15 @@ def _alike(error: str) -> str:
     return re.sub(r"0x[0-9a-f]+|\d+", "#", error)
 
 
-def _without_progress(history: Sequence[Ending]) -> int:
-    """Attempts at the end of `history` that saved nothing new, not counting those that say nothing about the run."""
-    own = [ending for ending in history if ending.cause not in NO_FAULT]
-    return sum(1 for _ in takewhile(lambda ending: ending.saved_step <= ending.first_step, reversed(own)))
+def _without_progress(history: Sequence[Ending], ignored: Sequence[Cause]) -> int:
+    """Attempts at the end of `history` that saved nothing new, not counting those with an ignored cause."""
+    counted = [ending for ending in history if ending.cause not in ignored]
+    return sum(1 for _ in takewhile(lambda ending: ending.saved_step <= ending.first_step, reversed(counted)))
 
 
 def _backoff_s(history: Sequence[Ending], policy: Policy) -> float:
     """None after an attempt that made progress, or that others ended; then doubling."""
-    repeats = _without_progress(history)
+    repeats = _without_progress(history, NO_FAULT)
     if not repeats or history[-1].cause not in OWN_FAULTS:
         return 0.0
     return min(policy.backoff_s * 2 ** (repeats - 1), policy.max_backoff_s)

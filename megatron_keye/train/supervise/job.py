@@ -27,6 +27,10 @@ class Site:
     image: str = ""
     mounts: str = ""
     """HOST_PATH:CONTAINER_PATH,... for the container."""
+    io_partition: str = ""
+    """CPU nodes for I/O servers."""
+    io_cpus: int = 16
+    """Of one I/O server."""
     sbatch_options: tuple[str, ...] = ()
     srun_options: tuple[str, ...] = ()
 
@@ -55,6 +59,10 @@ class Job:
     slow_phase_s: float
     """Of the run's own settings."""
     policy: Policy
+    io_nodes: int
+    """CPU nodes for I/O servers of its own, as a second component of the job; 0 for a job without."""
+    io_roots: tuple[str, ...]
+    """Folders that those servers may read."""
     continues: str
     """The run whose last checkpoint this one starts from, which must be complete by then; empty for none."""
     site: Site
@@ -69,6 +77,16 @@ class Job:
 
     def save(self) -> None:
         write_atomically(Path(self.run_dir) / FILE, self.to_json())
+
+
+def io_registry(run_dir: Path) -> Path:
+    """Where the I/O servers of a run's own job keep their leases."""
+    return run_dir / "io_servers"
+
+
+def io_secret(run_dir: Path) -> Path:
+    """What those servers and the run alone know."""
+    return io_registry(run_dir) / "secret"
 
 
 def load_job(run_dir: Path) -> Job:

@@ -4,25 +4,28 @@ import re
 import subprocess
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime
 from pathlib import Path
 
 from megatron_keye.errors import KeyeError
 from megatron_keye.train.supervise.decide import Fate
-from megatron_keye.train.supervise.job import Job, Site
+from megatron_keye.train.supervise.job import Job, Site, io_registry, io_secret
 
 CALL_TIMEOUT_S = 60.0
 PROBE_TIMEOUT_S = 30.0
 PROBES_AT_A_TIME = 64
 TRAIN_STEP = "keye-train"
+IO_COMPONENT = 1
+"""Of a heterogeneous job; its component 0 trains."""
 
 
 def sbatch_command(job: Job, exclude: Iterable[str] = (), after: str | None = None) -> list[str]:
     """Submits one job. Everything else about it lies in the run directory.
 
     `--signal=B:` reaches the supervisor alone: torchrun would die of it. `--no-kill` leaves the job to the supervisor when a node is
-    lost. Output of all attempts is appended to one file, in a folder that exists before the job starts.
+    lost. Output of all attempts is appended to one file, in a folder that exists before the job starts. With nodes for I/O servers it is
+    a heterogeneous job: the supervisor runs in its first component, and SLURM starts, requeues and ends both together.
     """
     launch = Path(job.root) / "launch"
     return [
@@ -31,7 +34,7 @@ def sbatch_command(job: Job, exclude: Iterable[str] = (), after: str | None = No
         f"--time={job.time_limit}", f"--signal=B:USR1@{job.lead_s}", "--requeue", "--no-kill", "--open-mode=append",
         f"--output={job.run_dir}/train.log", f"--chdir={job.root}", f"--comment={job.run_dir}",
         *_excluding(exclude), *([f"--dependency=afterok:{after}", "--kill-on-invalid-dep=yes"] if after else []), *job.site.sbatch_options,
-        str(launch / "train.sbatch"), job.root, job.run_dir,
+        *_io_component(job), str(launch / "train.sbatch"), job.root, job.run_dir,
     ]  # fmt: skip
 
 
@@ -45,6 +48,17 @@ def srun_command(job: Job, nodes: Sequence[str]) -> list[str]:
         f"{job.root}/launch/node.sh",
         *job.arguments,
     ]
+
+
+def io_command(job: Job) -> list[str]:
+    """Runs launch/io_server.sh once on each node of the job's second component. A server that is lost leaves the others alone."""
+    registry, secret = io_registry(Path(job.run_dir)), io_secret(Path(job.run_dir))
+    return [
+        "srun", f"--het-group={IO_COMPONENT}", "--job-name=keye-io", f"--nodes={job.io_nodes}", f"--ntasks={job.io_nodes}",
+        "--ntasks-per-node=1", f"--cpus-per-task={job.site.io_cpus}", "--no-kill", "--kill-on-bad-exit=0",
+        f"--output={registry}/server-%N.log", "--open-mode=append", *_inside(job.site),
+        "bash", f"{job.root}/launch/io_server.sh", str(registry), str(secret), str(job.site.io_cpus), *job.io_roots,
+    ]  # fmt: skip
 
 
 def check_command(job: Job, nodes: Sequence[str], program: str, *arguments: str) -> list[str]:
@@ -132,8 +146,13 @@ def my_jobs() -> dict[str, QueuedJob]:
     jobs = {}
     for line in _call(["squeue", "--noheader", "--me", "--format=%i|%T|%r|%k"]).splitlines():
         job_id, state, reason, run_dir = line.split("|", 3)
-        jobs[run_dir.strip()] = QueuedJob(job_id, state.lower() if reason == "None" else f"{state.lower()}: {reason}")
+        jobs[run_dir.strip()] = QueuedJob(leader(job_id), state.lower() if reason == "None" else f"{state.lower()}: {reason}")
     return {run_dir: job for run_dir, job in jobs.items() if run_dir.startswith("/")}
+
+
+def leader(job_id: str) -> str:
+    """The job that stands for a component of a heterogeneous one: `7` of `7+1`. Any other is itself."""
+    return job_id.partition("+")[0]
 
 
 def redirect_dependents(old: str, new: str) -> None:
@@ -141,7 +160,7 @@ def redirect_dependents(old: str, new: str) -> None:
     for line in _call(["squeue", "--noheader", "--me", "--states=PENDING", "--format=%i %E"]).splitlines():
         waiting, _, dependency = line.strip().partition(" ")
         if re.search(rf"afterok:{old}\b", dependency):
-            _call(["scontrol", "update", f"JobId={waiting}", f"Dependency=afterok:{new}"])
+            _call(["scontrol", "update", f"JobId={leader(waiting)}", f"Dependency=afterok:{new}"])
 
 
 def _call(command: Sequence[str]) -> str:
@@ -169,6 +188,17 @@ def _succeeds(command: Sequence[str], timeout_s: float) -> bool:
 def _gpus(job: Job) -> list[str]:
     option = job.site.gpu_option
     return [f"--{option}={'gpu:' if option == 'gres' else ''}{job.gpus_per_node}"] if option else []
+
+
+def _io_component(job: Job) -> list[str]:
+    """With `--no-kill`, the job survives the loss of one of several server nodes, though not of the only one."""
+    if not job.io_nodes:
+        return []
+    return [
+        ":", f"--job-name={job.name}", f"--nodes={job.io_nodes}", "--ntasks-per-node=1", f"--cpus-per-task={job.site.io_cpus}",
+        "--exclusive", *_given(replace(job.site, partition=job.site.io_partition), "partition", "account", "qos"),
+        f"--time={job.time_limit}", "--requeue", "--no-kill",
+    ]  # fmt: skip
 
 
 def _given(site: Site, *names: str) -> list[str]:

@@ -2,10 +2,12 @@
 
 import argparse
 import os
+import secrets
 import shlex
 import subprocess
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 
 from megatron_keye.config.derive import require_valid
@@ -15,7 +17,7 @@ from megatron_keye.errors import KeyeError, SettingsError
 from megatron_keye.train.run_dir import RunDir, write_atomically
 from megatron_keye.train.supervise import slurm
 from megatron_keye.train.supervise.decide import Policy
-from megatron_keye.train.supervise.job import Job, Site
+from megatron_keye.train.supervise.job import Job, Site, io_registry, io_secret
 from megatron_keye.train.supervise.journal import Journal
 
 HELP = """Submit a training run to SLURM. The same command again goes on where the run was, or says that it is queued, running or complete.
@@ -26,6 +28,7 @@ examples:
   launch/train.sh keye_vl_1_5_8b --nodes 8 --run-dir /shared/runs/8b --set data.train=/shared/train data.tokenizer=/shared/tokenizer
   launch/train.sh keye_vl_1_5_8b --nodes 8 --run-dir /shared/runs/8b --dry-run       # shows everything, submits nothing
   launch/train.sh keye_vl_1_5_8b --nodes 8 --min-nodes 6 --spare-nodes 1 ...         # goes on with fewer nodes when some are lost
+  launch/train.sh keye_vl_1_5_8b --nodes 8 --io-nodes 4 ...                          # with CPU nodes that decode for it
   launch/status.sh /shared/runs/8b                                                   # how it is doing
   touch /shared/runs/8b/STOP                                                         # ends at the next step, with a checkpoint"""
 
@@ -58,6 +61,7 @@ def parser() -> argparse.ArgumentParser:
     add("--lead-s", type=int, default=300, metavar="S", help="ask the run to stop this long before the limit (default: 300)")
     add("--min-nodes", type=int, metavar="M", help="go on with as few nodes when others are lost (default: N)")
     add("--spare-nodes", type=int, default=0, metavar="K", help="ask for K nodes more, to replace lost ones (default: 0)")
+    add("--io-nodes", type=int, default=0, metavar="I", help="CPU nodes with I/O servers, in the same (heterogeneous) job (default: 0)")
     add("--preflight", choices=("off", "basic", "full"), default="basic", help="checks of the nodes before a job's first attempt")
     add("--after", metavar="JOB", help="wait for the success of this job")
     add("--continues", default="", metavar="RUN_DIR", help="start from the last checkpoint of this run, which must be complete by then")
@@ -72,9 +76,11 @@ def make_job(args: argparse.Namespace) -> tuple[Job, RunConfig]:
     if args.continues:
         args.continues = str(Path(args.continues).absolute())
         args.overrides = [*args.overrides, f"model.init_from={args.continues}"]
+    run_dir = Path(args.run_dir or f"runs/{Path(args.settings).stem}").absolute()
     config = load_config(args.settings, args.overrides)
-    name = Path(args.settings).stem
-    run_dir = Path(args.run_dir or f"runs/{name}").absolute()
+    if args.io_nodes:
+        args.overrides = [*args.overrides, *_own_servers(config, run_dir)]
+        config = load_config(args.settings, args.overrides)
     require_valid(config, args.nodes * args.gpus_per_node)
     settings = args.settings if not Path(args.settings).exists() else str(Path(args.settings).absolute())
     overrides = ("--set", *args.overrides) if args.overrides else ()
@@ -98,10 +104,27 @@ def make_job(args: argparse.Namespace) -> tuple[Job, RunConfig]:
             backoff_s=args.backoff_s,
             min_time_left_s=args.lead_s + 60.0,
         ),
+        io_nodes=args.io_nodes,
+        io_roots=data_folders(config) if args.io_nodes else (),
         continues=args.continues,
         site=site_from_environment(os.environ),
     )
     return job, config
+
+
+def _own_servers(config: RunConfig, run_dir: Path) -> tuple[str, str]:
+    """Settings with which a run finds the I/O servers of its own job. Raises SettingsError where it names others."""
+    if config.data.media.servers or config.data.media.registry is not None:
+        raise SettingsError("--io-nodes starts I/O servers for this run alone, and data.media names others: use one or the other")
+    return f"data.media.registry={io_registry(run_dir)}", f"data.media.secret_file={io_secret(run_dir)}"
+
+
+def data_folders(config: RunConfig) -> tuple[str, ...]:
+    """The folders that the run's data lie in. Raises DataError for a mixture that cannot be read."""
+    from megatron_keye.data.mixture import read_mixture  # loads what other runs do not need here
+
+    places = [place for place in (config.data.train, config.data.valid) if place is not None]
+    return tuple(sorted({str(Path(part.path).absolute()) for place in places for part in read_mixture(place).sources}))
 
 
 def node_counts(config: RunConfig, nodes: int, min_nodes: int, gpus_per_node: int) -> tuple[int, ...]:
@@ -126,21 +149,27 @@ def site_from_environment(environment: dict[str, str]) -> Site:
         raise SettingsError(f"SITE_CONTAINER is {container!r} in launch/site.env: expected pyxis, apptainer, or nothing")
     if container and "IMAGE" not in value:
         raise SettingsError(f"SITE_CONTAINER is {container} in launch/site.env: expected SITE_IMAGE beside it")
-    cpus = value.get("CPUS_PER_NODE", "8")
-    if not cpus.isdigit() or not int(cpus):
-        raise SettingsError(f"SITE_CPUS_PER_NODE is {cpus!r} in launch/site.env: expected a number > 0")
+    cpus, io_cpus = (_count(name, value.get(name, default)) for name, default in (("CPUS_PER_NODE", "8"), ("IO_CPUS", "16")))
     return Site(
         partition=value.get("PARTITION", ""),
         account=value.get("ACCOUNT", ""),
         qos=value.get("QOS", ""),
-        cpus_per_node=int(cpus),
+        cpus_per_node=cpus,
         gpu_option="" if value.get("GPU_OPTION") == "none" else value.get("GPU_OPTION", "gpus-per-node"),
         container=container,
         image=value.get("IMAGE", ""),
         mounts=value.get("MOUNTS", ""),
+        io_partition=value.get("IO_PARTITION", ""),
+        io_cpus=io_cpus,
         sbatch_options=tuple(shlex.split(value.get("SBATCH_OPTIONS", ""))),
         srun_options=tuple(shlex.split(value.get("SRUN_OPTIONS", ""))),
     )
+
+
+def _count(name: str, text: str) -> int:
+    if not text.isdigit() or not int(text):
+        raise SettingsError(f"SITE_{name} is {text!r} in launch/site.env: expected a number > 0")
+    return int(text)
 
 
 def described(job: Job, after: str | None = None) -> str:
@@ -151,6 +180,7 @@ def described(job: Job, after: str | None = None) -> str:
         f"{job.run_dir}/job.json": job.to_json().rstrip(),
         "submitted": shlex.join(slurm.sbatch_command(job, after=after)),
         "run by it once on each node, in launch/lib.sh's environment": shlex.join(slurm.srun_command(job, nodes)),
+        **({"run by it once on each CPU node": shlex.join(slurm.io_command(job))} if job.io_nodes else {}),
         str(batch): batch.read_text(encoding="utf-8").rstrip(),
     }
     return "\n\n".join(f"# {title}\n{text}" for title, text in parts.items())
@@ -170,10 +200,20 @@ def submit(job: Job, config: RunConfig, after: str | None = None) -> str | None:
     job.save()
     write_atomically(run_dir.config, dump_config(config))
     _write_origin(job)
+    if job.io_nodes:
+        _make_secret(run_dir.path)
     job_id = slurm.submit(job, after=after)
     Journal(run_dir.path).submitted(job_id)
     print(f"job {job_id}: {run_dir.path}, log in {run_dir.path}/train.log")
     return job_id
+
+
+def _make_secret(run_dir: Path) -> None:
+    """Once for a run: servers of an earlier start may still be about."""
+    io_registry(run_dir).mkdir(exist_ok=True)
+    with suppress(FileExistsError):
+        io_secret(run_dir).touch(mode=0o600, exist_ok=False)
+        io_secret(run_dir).write_text(secrets.token_urlsafe(32) + "\n", encoding="utf-8")
 
 
 def _write_origin(job: Job) -> None:

@@ -11,10 +11,11 @@ from megatron_keye.train.run_dir import RunDir
 from megatron_keye.train.supervise import slurm
 from megatron_keye.train.supervise.attempt import Allocation, Asked, Result, RunningAttempt, free_port
 from megatron_keye.train.supervise.checks import check_nodes
-from megatron_keye.train.supervise.decide import Action, Ending, Observed, cause_of, choose_nodes, decide
+from megatron_keye.train.supervise.decide import Action, Ending, Observed, cause_of, choose_nodes, decide, if_hopeless
 from megatron_keye.train.supervise.diagnosis import write_diagnosis
 from megatron_keye.train.supervise.evidence import Evidence, saved_step
 from megatron_keye.train.supervise.journal import Attempt, Journal
+from megatron_keye.train.supervise.servers import IoServers
 
 RETRY_PAUSES_S = (5.0, 30.0, 60.0, 120.0)
 Answer = TypeVar("Answer")
@@ -29,8 +30,9 @@ class Supervisor:
         self._run_dir = RunDir(self._job.run_dir)
         self._journal = Journal(self._run_dir.path)
         self._asked = Asked()
+        self._io_servers = IoServers(self._job)
         self._lost: set[str] = set()
-        """Nodes of this job that once did not answer: they stay out of it."""
+        """Nodes of this job that once did not answer."""
 
     def run(self) -> int:
         """Attempts until the run is over for this job. Returns the job's exit code."""
@@ -38,10 +40,13 @@ class Supervisor:
         signal.signal(signal.SIGTERM, lambda *_: self._asked.ask("preempted"))
         self._run_dir.answer("STOP")  # meant for an earlier start
         self._close_vanished()
+        if (hopeless := self._if_hopeless()) is not None:
+            return self._leave(*hopeless)
         nodes = choose_nodes(self._allocation.nodes, self._job.policy.node_counts)
         checked = self._job.preflight == "off"
         while not self._run_dir.is_done:
             number = self._begin(nodes)
+            self._io_servers.start()
             result = (None if checked else self._preflight()) or RunningAttempt(self._allocation, number, nodes, self._asked).run()
             checked = True
             ending, action = self._next(result.ending)
@@ -53,6 +58,15 @@ class Supervisor:
         self._say(f"{self._run_dir.path} is complete")
         return 0
 
+    def _if_hopeless(self) -> tuple[Action, Result] | None:
+        """What earlier starts say that no supervisor lived to decide."""
+        endings = self._journal.endings()
+        action = if_hopeless(endings, self._allocation.nodes, self._job.policy) if endings else None
+        if action is None or self._run_dir.is_done:
+            return None
+        self._say(f"{action.kind}: {action.reason}")
+        return action, Result(endings[-1])
+
     def _preflight(self) -> Result | None:
         """An attempt that ended before it began, when nodes are not fit; None when they are."""
         findings = check_nodes(self._job, self._allocation.nodes, free_port(int(self._job_id)))
@@ -63,8 +77,9 @@ class Supervisor:
             return None
         saved = saved_step(self._run_dir)
         cause = "bad_node" if findings.problems else "lost_node"
-        self._say(f"preflight: {findings.text or f'no answer from {findings.lost_nodes}'}")
-        return Result(Ending(cause, saved, saved, saved, findings.text, "", findings.lost_nodes, tuple(findings.problems)))
+        error = findings.text or f"no answer from {', '.join(findings.lost_nodes)}"
+        self._say(f"preflight: {error}")
+        return Result(Ending(cause, saved, saved, saved, error, "", findings.lost_nodes, tuple(findings.problems)))
 
     def _begin(self, nodes: Sequence[str]) -> int:
         """Write down that an attempt begins; its number."""
@@ -88,8 +103,13 @@ class Supervisor:
 
     def _decide(self, ending: Ending) -> Action:
         self._lost.update(ending.lost_nodes)
-        nodes = [node for node in self._allocation.nodes if node not in self._lost]
+        nodes = [node for node in self._allocation.nodes if node not in self._lost] + self._returned(ending)
         return decide([*self._journal.endings(), ending], nodes, self._allocation.time_left_s(), self._job.policy)
+
+    def _returned(self, ending: Ending) -> list[str]:
+        """Nodes that were lost before and answer again, so that a run that shrank grows. Not those that SLURM took from the job."""
+        lost = sorted(self._lost.difference(ending.lost_nodes))
+        return [] if self._asked.to_stop else slurm.answering(lost, self._job.root, self._job.run_dir)
 
     def _pause(self, seconds: float) -> None:
         until_s = time.monotonic() + seconds

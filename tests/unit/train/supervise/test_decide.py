@@ -16,6 +16,7 @@ from megatron_keye.train.supervise.decide import (
     cause_of,
     choose_nodes,
     decide,
+    if_hopeless,
 )
 
 NODES = ("n1", "n2", "n3")
@@ -171,7 +172,33 @@ def test_attempts_that_save_nothing_end_the_run():
 
 
 def test_nodes_that_come_and_go_never_end_a_run():
-    assert decide([stuck("lost_node", lost_nodes=("n1",))] * 50, NODES, PLENTY_S, POLICY).kind == "requeue"
+    assert decide([ended("lost_node", lost_nodes=("n1",))] * 50, NODES, PLENTY_S, POLICY).kind == "requeue"
+    assert decide([*[stuck("requeued")] * 50, stuck("crash")], NODES, PLENTY_S, POLICY).kind == "restart"
+
+
+def test_one_bad_node_after_the_other():
+    """Every start finds another one, or one that there are too few others to leave out."""
+    history: list[Ending] = []
+    actions = []
+    for start in range(POLICY.max_starts_without_progress):
+        bad = f"n{start % 4}"
+        history.append(stuck("bad_node", bad_nodes=(bad,), error=f"{bad}: GPU 3 does not compute"))
+        actions.append(decide(history, (bad, "n7", "n8"), PLENTY_S, POLICY))
+    *tried, last = actions
+    assert {action.kind for action in tried} == {"resubmit"}
+    assert tried[-1].exclude == ("n0", "n1", "n2", "n3")
+    assert (last.kind, last.exit_code) == ("stop", GIVEN_UP)
+    assert "saved nothing after step 10; the last ended by bad_node: n1: GPU 3 does not compute" in last.reason
+
+
+@pytest.mark.parametrize("cause", ["lost_node", "vanished"])
+def test_a_run_that_brings_its_nodes_down(cause):
+    history = [stuck(cause, lost_nodes=("n1",))] * POLICY.max_starts_without_progress
+    assert if_hopeless(history[:-1], NODES, POLICY) is None
+    assert if_hopeless([*history[:-1], stuck("requeued")], NODES, POLICY) is None
+    assert if_hopeless(history, NODES, POLICY).kind == "stop"
+    saved = [*history[:-1], ended(cause), history[-1]]
+    assert if_hopeless(saved, NODES, POLICY) is None, "it is getting on"
 
 
 def test_failures_are_counted():

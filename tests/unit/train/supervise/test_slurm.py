@@ -7,13 +7,13 @@ import pytest
 from megatron_keye.errors import SettingsError
 from megatron_keye.train.supervise.decide import Policy
 from megatron_keye.train.supervise.job import FILE, Job, Site, load_job
-from megatron_keye.train.supervise.slurm import end_time_s, fate_of, sbatch_command, srun_command
+from megatron_keye.train.supervise.slurm import end_time_s, fate_of, io_command, leader, sbatch_command, srun_command
 
 JOB = Job(
     name="keye-8b", root="/shared/keye", run_dir="/shared/runs/8b", python="/venv/bin/python",
     arguments=("train", "debug", "--set", "train.steps=3"),
     nodes=2, spare_nodes=1, gpus_per_node=8, time_limit="1:00:00", lead_s=300, preflight="basic", hang_s=60.0, slow_phase_s=1800.0,
-    policy=Policy(node_counts=(2, 1)), continues="",
+    policy=Policy(node_counts=(2, 1)), io_nodes=0, io_roots=(), continues="",
     site=Site(partition="gpu", account="lab", cpus_per_node=64, sbatch_options=("--exclusive",)),
 )  # fmt: skip
 
@@ -30,6 +30,36 @@ def test_sbatch():
 def test_sbatch_of_a_later_job():
     command = sbatch_command(JOB, exclude=["n7", "n2"], after="41")
     assert {"--exclude=n2,n7", "--dependency=afterok:41", "--kill-on-invalid-dep=yes"} < set(command)
+
+
+WITH_SERVERS = replace(
+    JOB, io_nodes=4, io_roots=("/data/a", "/data/b"), site=Site(partition="gpu", account="lab", io_partition="cpu", io_cpus=32)
+)
+
+
+def test_sbatch_with_io_servers():
+    """Two components, one script: what asks for GPUs, signals and waiting stands in the first one alone."""
+    command = sbatch_command(WITH_SERVERS, exclude=["n7"], after="41")
+    first, second = command[: command.index(":")], command[command.index(":") + 1 :]
+    assert {"--gpus-per-node=8", "--signal=B:USR1@300", "--comment=/shared/runs/8b", "--exclude=n7", "--partition=gpu"} < set(first)
+    assert second == [
+        "--job-name=keye-8b", "--nodes=4", "--ntasks-per-node=1", "--cpus-per-task=32", "--exclusive", "--partition=cpu", "--account=lab",
+        "--time=1:00:00", "--requeue", "--no-kill", "/shared/keye/launch/train.sbatch", "/shared/keye", "/shared/runs/8b",
+    ]  # fmt: skip
+
+
+def test_srun_of_io_servers():
+    assert io_command(WITH_SERVERS) == [
+        "srun", "--het-group=1", "--job-name=keye-io", "--nodes=4", "--ntasks=4", "--ntasks-per-node=1", "--cpus-per-task=32", "--no-kill",
+        "--kill-on-bad-exit=0", "--output=/shared/runs/8b/io_servers/server-%N.log", "--open-mode=append",
+        "bash", "/shared/keye/launch/io_server.sh", "/shared/runs/8b/io_servers", "/shared/runs/8b/io_servers/secret", "32",
+        "/data/a", "/data/b",
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(("job", "expected"), [("7", "7"), ("7+0", "7"), ("7+1", "7")])
+def test_a_component_belongs_to_a_job(job, expected):
+    assert leader(job) == expected
 
 
 def test_srun():

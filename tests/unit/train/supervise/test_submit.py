@@ -90,6 +90,7 @@ def test_a_site():
         ({"SITE_CONTAINER": "docker"}, "expected pyxis, apptainer, or nothing"),
         ({"SITE_CONTAINER": "pyxis"}, "expected SITE_IMAGE"),
         ({"SITE_CPUS_PER_NODE": "many"}, "expected a number > 0"),
+        ({"SITE_IO_CPUS": "0"}, "expected a number > 0"),
     ],
 )
 def test_a_site_that_cannot_be(environment, said):
@@ -108,6 +109,34 @@ def test_a_dry_run_shows_everything_and_makes_nothing(tmp_path, capsys):
     out = capsys.readouterr().out
     for part in ("sbatch --parsable", "--signal=B:USR1@300", "srun --job-name=keye-train", "NODE0,NODE1", "exec", '"nodes": 2'):
         assert part in out
+    assert not (tmp_path / "x").exists()
+
+
+def test_a_run_with_io_servers_of_its_own(tmp_path, monkeypatch):
+    monkeypatch.setenv("SITE_IO_CPUS", "4")
+    mixture = tmp_path / "mixture.yaml"
+    mixture.write_text("sources: [{name: a, path: sets/a}, {name: b, path: /data/b}]")
+    run = tmp_path / "x"
+    job = made("debug", "--run-dir", str(run), "--io-nodes", "2", "--set", f"data.train={mixture}", "data.valid=/data/valid")
+    assert (job.io_nodes, job.site.io_cpus) == (2, 4)
+    assert job.io_roots == tuple(sorted(("/data/b", "/data/valid", str(tmp_path / "sets/a"))))
+    assert job.arguments[-2:] == (f"data.media.registry={run}/io_servers", f"data.media.secret_file={run}/io_servers/secret")
+
+
+@pytest.mark.parametrize(
+    ("setting", "said"), [("data.media.registry=/shared/io", "use one or the other"), ("data.train=s3://bucket/train", "read files alone")]
+)
+def test_io_servers_that_a_run_cannot_have(tmp_path, setting, said):
+    with pytest.raises(SettingsError, match=said):
+        made("debug", "--run-dir", str(tmp_path / "x"), "--io-nodes", "1", "--set", setting)
+
+
+def test_a_dry_run_with_io_servers(tmp_path, capsys):
+    assert submit.main(["debug", "--gpus-per-node", "1", "--run-dir", str(tmp_path / "x"), "--io-nodes", "3", "--dry-run"]) == 0
+    out = capsys.readouterr().out
+    assert "once on each CPU node\nsrun --het-group=1 --job-name=keye-io --nodes=3" in out
+    assert " : --job-name=keye-x --nodes=3 " in out
+    assert f"data.media.registry={tmp_path / 'x'}/io_servers" in out
     assert not (tmp_path / "x").exists()
 
 
