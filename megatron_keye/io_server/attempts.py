@@ -14,6 +14,7 @@ import numpy as np
 import xxhash
 
 from megatron_keye.io_server import auth
+from megatron_keye.io_server.buffers import BufferPool
 from megatron_keye.io_server.protocol import DECODE_PATH, RESULT_HEADER, STATUS, DecodeJob, ErrorCode
 
 MAX_ERROR_BYTES = 1 << 16
@@ -38,10 +39,10 @@ class Timeouts:
 
 
 class Connections:
-    """Kept-alive connections by server."""
+    """Kept-alive connections by server, and memory for what comes over them."""
 
-    def __init__(self, timeouts: Timeouts, secret: bytes | None):
-        self.timeouts, self.secret = timeouts, secret
+    def __init__(self, timeouts: Timeouts, secret: bytes | None, buffers: BufferPool):
+        self.timeouts, self.secret, self.buffers = timeouts, secret, buffers
         self._idle: defaultdict[str, list[http.client.HTTPConnection]] = defaultdict(list)
         self._lock = threading.Lock()
 
@@ -84,7 +85,7 @@ class Attempt:
                 self._socket.shutdown(socket.SHUT_RDWR)
 
     def run(self) -> np.ndarray:
-        """uint8 [result_bytes], new and checked. Raises AttemptFailed."""
+        """uint8 [result_bytes], checked, in memory that is lent until nothing refers to it. Raises AttemptFailed."""
         try:
             kept = self._connections.take(self.url)
             if kept is not None:
@@ -132,7 +133,7 @@ class Attempt:
         if response.status != 200:
             raise _refusal(self.url, response)
         facts = self._facts(response)
-        answer = np.empty(self._job.result_bytes, dtype=np.uint8)
+        answer = self._connections.buffers.lend(self._job.result_bytes)
         view, at = memoryview(answer), 0
         while at < len(view):
             count = response.readinto(view[at:])

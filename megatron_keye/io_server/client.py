@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from megatron_keye.io_server.attempts import Attempt, AttemptFailed, Connections, Timeouts
+from megatron_keye.io_server.buffers import BufferPool
 from megatron_keye.io_server.fleet import Fleet, Server
 from megatron_keye.io_server.protocol import DecodeJob
 
@@ -39,7 +40,7 @@ class ClientSettings:
     requests: int
     """Jobs at a time."""
     in_flight_bytes: int
-    """Bytes of all results on their way, at most; one larger result goes alone."""
+    """Bytes of all results on their way, at most; one larger result goes alone. As much idle memory is kept for the next ones."""
     timeouts: Timeouts
     secret: bytes | None = None
 
@@ -119,7 +120,7 @@ class MediaClient:
 
     def __init__(self, fleet: Fleet, settings: ClientSettings):
         self.fleet, self.settings = fleet, settings
-        self._connections = Connections(settings.timeouts, settings.secret)
+        self._connections = Connections(settings.timeouts, settings.secret, BufferPool(settings.in_flight_bytes))
         # Losers of hedges and cancelled attempts hold their threads for a moment.
         self._threads = ThreadPoolExecutor(3 * settings.requests, thread_name_prefix="media")
         self._credits = ByteCredits(settings.in_flight_bytes)
