@@ -6,13 +6,24 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from megatron_keye.checkpoint.files import DTYPE_NAMES, DTYPES, FileRecord, OnBytes, TensorSpec, flush_folder, write_recorded, write_text
+from megatron_keye.checkpoint.files import (
+    DTYPE_NAMES,
+    DTYPES,
+    FileRecord,
+    OnBytes,
+    TensorSpec,
+    flush_folder,
+    size_damage,
+    write_recorded,
+    write_text,
+)
 from megatron_keye.checkpoint.identity import stored_model
 from megatron_keye.checkpoint.load import CheckpointReader
 from megatron_keye.checkpoint.manifest import MANIFEST, WEIGHT, Identity, PartRecord, RunRecord, merge, read_manifest
 from megatron_keye.checkpoint.ranges import Rectangle, matrix_shape
 from megatron_keye.checkpoint.state import part_key
 from megatron_keye.checkpoint.tensors import TensorSource, divide, require_shapes, row_blocks
+from megatron_keye.errors import CheckpointError
 from megatron_keye.model.tensors import canonical_shapes
 
 MAX_FILE_BYTES = 5_000_000_000
@@ -24,9 +35,13 @@ class CheckpointTensors:
     """The weights of a checkpoint that any layout saved, as a `TensorSource`. Checksums are not looked at (`store.find_damage`)."""
 
     def __init__(self, path: Path):
-        """Raises CheckpointError where the manifest is damaged, or tensors are missing, unexpected or of the wrong shape."""
+        """Raises CheckpointError where the manifest is damaged, files are missing or cut off, or tensors are missing, unexpected or of
+        the wrong shape."""
         self.path = path
         self.manifest = read_manifest(path)
+        torn = [problem for record in self.manifest.files if (problem := size_damage(path, record))]
+        if torn:
+            raise CheckpointError("\n".join(torn) + "\nUse an earlier checkpoint, or copy this one again.")
         self.model = stored_model(path, self.manifest)
         stored = {
             key.removeprefix(f"{WEIGHT}/"): TensorSpec(record.shape, DTYPES[record.dtype])

@@ -229,6 +229,9 @@ class TensorFile:
             header.pop("__metadata__", None)
             self._starts = {name: _checked_start(name, entry, num_bytes) for name, entry in header.items()}
             self._specs = {name: TensorSpec(tuple(entry["shape"]), DTYPES[entry["dtype"]]) for name, entry in header.items()}
+            end = max((self._starts[name] + spec.num_bytes for name, spec in self._specs.items()), default=0)
+            if end != num_bytes:
+                raise ValueError(f"its tensors end at byte {end:,} of {num_bytes:,}: bytes were added")
             # Copy on write, never written: numpy would mark a read-only map as such, and torch would warn about every view.
             self._data = np.memmap(path, dtype=np.uint8, mode="c", offset=8 + header_bytes) if num_bytes else np.empty(0, np.uint8)
         except (OSError, ValueError, TypeError, AttributeError, LookupError, struct.error) as error:

@@ -5,6 +5,7 @@ import os
 
 import pytest
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from megatron_keye.checkpoint.files import DTYPE_NAMES, TensorFile, file_damage, write_tensors
@@ -88,6 +89,17 @@ def test_damage_is_named(tmp_path, tensors, damage, said):
     damage(tmp_path / "a.safetensors")
     assert said in file_damage(tmp_path, record)
     assert "a.safetensors" in file_damage(tmp_path, record)
+
+
+def test_a_file_with_more_bytes_than_tensors_is_refused(tmp_path, tensors):
+    """As the safetensors library refuses it."""
+    path = tmp_path / "a.safetensors"
+    write_tensors(path, tensors)
+    path.write_bytes(path.read_bytes() + bytes(8))
+    with pytest.raises(SafetensorError):
+        load_file(path)
+    with pytest.raises(CheckpointError, match="bytes were added"):
+        TensorFile(path)
 
 
 @pytest.mark.parametrize("content", [b"", b"short", b"\xff" * 8 + b"{}", b"\x02" + b"\0" * 7 + b"no"])
