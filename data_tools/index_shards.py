@@ -3,6 +3,7 @@
     python data_tools/index_shards.py data/train --tokenizer data/tokenizer --variant keye_vl_1_5
     python data_tools/index_shards.py data/train --tokenizer data/tokenizer --variant keye_vl_1_5 --preset report --fps 1
 
+Media that records name by web address are fetched once, to learn their sizes and checksums; training fetches them again.
 The index holds for this tokenizer, variant and decoder, and for video settings that take the same frames; other limits on sizes and
 lengths may change from run to run. It is written beside the shards, in place of an older one.
 """
@@ -13,22 +14,37 @@ import sys
 from pathlib import Path
 from typing import get_args
 
-from pydantic import ValidationError
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TextColumn, TimeElapsedColumn
+from rich.text import Text
 
-from megatron_keye.config.schema import Variant, VideoConfig
+from megatron_keye.config.options import add_options, read_options
+from megatron_keye.config.schema import StorageConfig, Variant, VideoConfig
 from megatron_keye.data.index_tables import ShardIndex
 from megatron_keye.data.indexing import index_folder, save_index
 from megatron_keye.data.shards import list_shards
+from megatron_keye.data.shared_counts import SharedCounts
+from megatron_keye.data.web_media import SETTINGS as WEB_SETTINGS
 from megatron_keye.data.writing import Problem, format_problems
-from megatron_keye.errors import DataError, KeyeError, SettingsError
+from megatron_keye.errors import DataError, KeyeError
+
+
+class SamplesColumn(ProgressColumn):
+    """Samples that were looked at, in all processes."""
+
+    def __init__(self, counts: SharedCounts):
+        super().__init__()
+        self._counts = counts
+
+    def render(self, task: Task) -> Text:
+        return Text(f"{self._counts.total():,} samples")
 
 
 def main() -> int:
     arguments = _parser().parse_args()
     try:
-        shards = make(arguments, _video_config(arguments))
+        video = read_options(arguments, VideoConfig, VideoConfig.model_fields)
+        shards = make(arguments, video, read_options(arguments, StorageConfig, WEB_SETTINGS))
     except KeyeError as error:
         print(f"index_shards: {error}", file=sys.stderr)
         return error.exit_code
@@ -39,18 +55,14 @@ def main() -> int:
     return 0
 
 
-def make(arguments: argparse.Namespace, video: VideoConfig) -> list[ShardIndex]:
+def make(arguments: argparse.Namespace, video: VideoConfig, storage: StorageConfig) -> list[ShardIndex]:
     """Index all shards and write the index, unless there are problems that must not be skipped."""
     source = (arguments.folder, arguments.tokenizer, arguments.variant, video)
-    counter = TextColumn("{task.fields[samples]} samples")
-    columns = (TextColumn("indexing shards"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), counter)
+    counts = SharedCounts(len(list_shards(arguments.folder)))
+    columns = (TextColumn("indexing shards"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), SamplesColumn(counts))
     with Progress(*columns, console=Console(stderr=True)) as progress:
-        bar = progress.add_task("", total=len(list_shards(arguments.folder)), samples=0)
-
-        def on_shard(indexed: ShardIndex) -> None:
-            progress.update(bar, advance=1, samples=progress.tasks[bar].fields["samples"] + indexed.num_samples)
-
-        shards = index_folder(*source, workers=arguments.workers, on_shard=on_shard)
+        bar = progress.add_task("", total=len(list_shards(arguments.folder)))
+        shards = index_folder(*source, arguments.workers, lambda indexed: progress.advance(bar), storage, counts)
     problems = _problems(shards)
     if problems and not arguments.skip_bad:
         raise DataError(
@@ -73,17 +85,10 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--workers", type=int, default=os.cpu_count(), help="processes (default: all cores, %(default)s)")
     parser.add_argument("--skip-bad", action="store_true", help="index the rest where samples cannot be used")
     group = parser.add_argument_group("video settings", "As data.video of the run; the defaults are its defaults.")
-    for name, field in VideoConfig.model_fields.items():
-        group.add_argument(f"--{name.replace('_', '-')}", help=field.description)
+    add_options(group, VideoConfig, VideoConfig.model_fields)
+    group = parser.add_argument_group("media at web addresses", "As data.storage of the run; the defaults are its defaults.")
+    add_options(group, StorageConfig, WEB_SETTINGS)
     return parser
-
-
-def _video_config(arguments: argparse.Namespace) -> VideoConfig:
-    given = {name: getattr(arguments, name) for name in VideoConfig.model_fields if getattr(arguments, name) is not None}
-    try:
-        return VideoConfig(**given)
-    except ValidationError as error:
-        raise SettingsError([f"--{p['loc'][0].replace('_', '-')} {p['input']}: {p['msg']}" for p in error.errors()]) from error
 
 
 if __name__ == "__main__":

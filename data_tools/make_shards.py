@@ -2,10 +2,15 @@
 
     python data_tools/make_shards.py train.jsonl data/train
     python data_tools/make_shards.py train.jsonl data/train --skip-bad --workers 16
+    python data_tools/make_shards.py train.jsonl data/train --keep-web
 
 A record is a chat, {"id", "messages": [{"role", "content"}]}, or a document, {"id", "document"}. Content is a string or a list of
-parts: {"type": "text", "text"}, {"type": "image", "image"}, {"type": "video", "video"}, media being paths relative to the JSONL file or
-base64 data URIs. Optional: "task", "source", "answer". OUT_DIR appears when everything is written. Then run index_shards.py.
+parts: {"type": "text", "text"}, {"type": "image", "image"}, {"type": "video", "video"}, media being paths relative to the JSONL file, web
+addresses or base64 data URIs. Optional: "task", "source", "answer". OUT_DIR appears when everything is written. Then run
+index_shards.py.
+
+What is at a web address is fetched to the shards. With --keep-web it stays where it is: indexing fetches it to learn its size and
+checksum, and training fetches it again.
 """
 
 import argparse
@@ -17,6 +22,9 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
+from megatron_keye.config.options import add_options, read_options
+from megatron_keye.config.schema import StorageConfig
+from megatron_keye.data.web_media import SETTINGS as WEB_SETTINGS
 from megatron_keye.data.writing import ShardPlan, format_problems, plan_shards, write_shards
 from megatron_keye.errors import DataError, KeyeError
 
@@ -30,11 +38,14 @@ def main() -> int:
     parser.add_argument("--shard-bytes", type=int, default=1 << 28, help="size of a shard, about (default %(default)s)")
     parser.add_argument("--workers", type=int, default=os.cpu_count(), help="processes that write (default: all cores, %(default)s)")
     parser.add_argument("--skip-bad", action="store_true", help=f"leave bad records out and list them in OUT_DIR/{REPORT}")
+    group = parser.add_argument_group("media at web addresses")
+    group.add_argument("--keep-web", action="store_true", help="leave them where they are")
+    add_options(group, StorageConfig, WEB_SETTINGS)
     arguments = parser.parse_args()
     if arguments.shard_bytes < 1 or arguments.workers < 1:
         parser.error(f"--shard-bytes and --workers must be positive, found {arguments.shard_bytes} and {arguments.workers}")
     try:
-        plan = make(arguments.input, arguments.out, arguments.shard_bytes, arguments.workers, arguments.skip_bad)
+        plan = make(arguments, read_options(arguments, StorageConfig, WEB_SETTINGS))
     except KeyeError as error:
         print(f"make_shards: {error}", file=sys.stderr)
         return error.exit_code
@@ -43,9 +54,11 @@ def main() -> int:
     return 0
 
 
-def make(source: Path, out: Path, shard_bytes: int, workers: int, skip_bad: bool) -> ShardPlan:
-    plan = plan_shards(source, shard_bytes)
-    if plan.problems and not skip_bad:
+def make(arguments: argparse.Namespace, storage: StorageConfig) -> ShardPlan:
+    """Write the shards, unless there are problems that must not be skipped."""
+    source, out = arguments.input, arguments.out
+    plan = plan_shards(source, arguments.shard_bytes, storage, arguments.keep_web)
+    if plan.problems and not arguments.skip_bad:
         raise DataError(
             f"{len(plan.problems)} of {len(plan.problems) + plan.num_samples} records cannot be used:\n{format_problems(plan.problems)}\n"
             "nothing was written; correct them, or leave them out with --skip-bad"
@@ -53,7 +66,7 @@ def make(source: Path, out: Path, shard_bytes: int, workers: int, skip_bad: bool
     columns = (TextColumn("writing samples"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, console=Console(stderr=True)) as progress:
         bar = progress.add_task("", total=plan.num_samples)
-        write_shards(source, out, plan, workers, lambda num_samples: progress.advance(bar, num_samples))
+        write_shards(source, out, plan, arguments.workers, lambda num_samples: progress.advance(bar, num_samples), storage)
     if plan.problems:
         lines = [json.dumps({"place": p.place, "reason": p.reason}, ensure_ascii=False) for p in plan.problems]
         (out / REPORT).write_text("\n".join(lines) + "\n", encoding="utf-8")

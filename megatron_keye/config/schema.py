@@ -159,7 +159,8 @@ class MediaConfig(Section):
     """What decodes images and videos, and servers that do it in place of the training nodes. Only the decoder changes pixels."""
 
     decoder: DecoderName = "pyav"
-    """pyav: FFmpeg and Pillow, on the CPU. dali: NVIDIA DALI for JPEG and videos, on the GPU; without one it decodes VP9 and MJPEG alone."""
+    """pyav: FFmpeg, libjpeg-turbo and Pillow, on the CPU. dali: NVIDIA DALI for JPEG and videos, on the GPU; of videos it decodes VP9 and
+    MJPEG alone where there is none."""
     allow_mixed_decoders: bool = False
     """Let a run go on with another decoder, or another version of it, than it began with, or with a different one on each node."""
     servers: tuple[str, ...] = ()
@@ -192,7 +193,7 @@ class StorageConfig(Section):
     chunk_bytes: Positive = 1 << 20
     """Shards are read in aligned chunks of this size, so that the samples beside one that was read cost no request."""
     attempts: Positive = 6
-    """Tries of a request before the run ends."""
+    """Tries of a request before it is given up."""
     first_pause_s: PositiveFloat = 0.5
     """Longest pause after the first try; doubled after each, up to 30 s."""
     timeout_s: PositiveFloat = 60.0

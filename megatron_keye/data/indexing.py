@@ -19,6 +19,7 @@ from megatron_keye.data.index_tables import SampleRow, ShardIndex, WebBytes, sha
 from megatron_keye.data.items import Item, MediaRules, describe, media_rules, resolve
 from megatron_keye.data.record import Media, Record, parse_record
 from megatron_keye.data.shards import RECORD_EXTENSION, Span, check_sha256, iter_samples, list_shards, parse_json, read_span
+from megatron_keye.data.shared_counts import SharedCount, SharedCounts
 from megatron_keye.data.source_media import media_bytes
 from megatron_keye.data.storage import DEFAULT_STORAGE
 from megatron_keye.data.tokenize import TokenizedSample, tokenize
@@ -50,16 +51,19 @@ def index_folder(
     workers: int = 1,
     on_shard: Callable[[ShardIndex], None] = lambda indexed: None,
     storage: StorageConfig = DEFAULT_STORAGE,
+    counts: SharedCounts | None = None,
 ) -> list[ShardIndex]:
     """Index all shards of `folder`; does not write. Samples that cannot be used are in the result, as problems.
 
-    Media at web addresses are fetched as `storage` says, and not kept.
+    Media at web addresses are fetched as `storage` says, and not kept. `counts`, one for each shard, tell how many samples were looked at.
 
     Raises DataError for a folder without shards or a damaged shard, SettingsError for the tokenizer or the video settings.
     """
     load_tokenizer(tokenizer_folder, variant)  # its problems are reported before any work is done
     rules = media_rules(ImageConfig(), video, variant)
-    jobs = [(shard, tokenizer_folder, rules, storage) for shard in list_shards(folder)]
+    shards = list_shards(folder)
+    counts = SharedCounts(len(shards)) if counts is None else counts
+    jobs = [(shard, tokenizer_folder, rules, storage, counts.of_job(number)) for number, shard in enumerate(shards)]
     done = []
     for indexed in run_jobs(_index_shard, jobs, workers, initializer=_one_thread):
         on_shard(indexed)
@@ -83,7 +87,7 @@ def _one_thread() -> None:
     cv2.setNumThreads(1)
 
 
-def _index_shard(shard: Path, tokenizer_folder: Path, rules: MediaRules, storage: StorageConfig) -> ShardIndex:
+def _index_shard(shard: Path, tokenizer_folder: Path, rules: MediaRules, storage: StorageConfig, count: SharedCount) -> ShardIndex:
     tokenizer = load_tokenizer(tokenizer_folder, rules.variant)
     rows, problems = [], []
     with ThreadPoolExecutor(READ_AHEAD) as pool:
@@ -94,6 +98,7 @@ def _index_shard(shard: Path, tokenizer_folder: Path, rules: MediaRules, storage
             except DataError as error:
                 text = str(error)
                 problems.append((place, text if text.startswith(place) else f"{place}: {text}"))
+            count.raise_by_one()
     return shard_index(shard.name, shard.stat().st_size, rows, problems)
 
 

@@ -23,6 +23,8 @@ TEMPORARY_STATUS = (408, 425, 429)
 NOT_ASKED = (405, 501)
 """Statuses of servers that do not answer a question for the size alone."""
 HEADERS = {"User-Agent": "megatron_keye", "Accept-Encoding": "identity"}
+SETTINGS = ("attempts", "first_pause_s", "timeout_s", "medium_bytes", "medium_timeout_s", "private_networks")
+"""Settings of `data.storage` that decide how media are fetched."""
 Result = TypeVar("Result")
 Use = Callable[[aiohttp.ClientResponse], Awaitable[Result]]
 

@@ -5,6 +5,7 @@ import json
 import numpy as np
 import pytest
 
+from data_tools import index_shards, make_shards
 from megatron_keye.config.load import load_config
 from megatron_keye.config.schema import LoaderConfig, StorageConfig, VideoConfig
 from megatron_keye.data.dataset import Dataset
@@ -14,6 +15,7 @@ from megatron_keye.data.loader import ReplicaLoader
 from megatron_keye.data.mixture import open_samples
 from megatron_keye.data.places import Member, WebAddress
 from megatron_keye.data.record import parse_record
+from megatron_keye.data.shards import list_shards
 from megatron_keye.data.sources import ThreadSource
 from megatron_keye.data.tokenizer import load_tokenizer
 from megatron_keye.data.workers import DecodeWorkers, SampleSet, WorkerSource
@@ -208,3 +210,19 @@ def test_workers_fetch_and_say_when_a_host_is_gone(web, tokenizer):
     with pytest.raises(MediumUnreachableError, match="no whole answer in 2 tries, the last: HTTP status 503"):
         source.read(sample, dataset.shape(sample))
     pool.close()
+
+
+def test_the_tools_keep_addresses_and_count_samples(web, monkeypatch, capsys):
+    source, out = str(web.folder / "web.jsonl"), str(web.folder / "tooled")
+    inside = ["--private-networks", "127.0.0.0/8"]
+    monkeypatch.setattr("sys.argv", ["make_shards", source, out, "--keep-web", "--shard-bytes", "2000", "--workers", "1"])
+    assert make_shards.main() == 0 and not web.faults.requests
+    assert [path.read_bytes() for path in list_shards(web.folder / "tooled")] == [p.read_bytes() for p in list_shards(web.folder / "web")]
+    tool = ["index_shards", out, "--tokenizer", str(web.tokenizer_folder), "--variant", VARIANTS[0], "--workers", "2"]
+    monkeypatch.setattr("sys.argv", tool)
+    assert index_shards.main() == 65
+    assert "lies at 127.0.0.1, which is not public" in capsys.readouterr().err
+    monkeypatch.setattr("sys.argv", [*tool, *inside])
+    assert index_shards.main() == 0
+    assert f"{NUM_RECORDS} samples" in capsys.readouterr().err
+    assert len(open_index(out, web.storage)) == NUM_RECORDS
