@@ -179,9 +179,37 @@ def test_the_supervisor_needs_no_packages():
 
 
 @pytest.mark.parametrize(
+    ("container", "runner", "expected"),
+    [
+        ("apptainer", "apptainer", "exec --nv --bind=/a:/b /image"),
+        ("pyxis", "srun", "--ntasks=1 --overlap --container-image=/image --container-mounts=/a:/b"),
+    ],
+)
+@pytest.mark.parametrize(
+    ("script", "arguments", "command"),
+    [
+        ("eval.sbatch", ("--run-dir", "/x"), "-m megatron_keye.train.cli eval --run-dir /x"),
+        ("convert.sbatch", ("inspect", "/x"), f"{ROOT}/data_tools/convert.py inspect /x"),
+        ("io_servers.sbatch", (str(ROOT), "/registry"), f"{ROOT}/launch/io_server.sh /registry"),
+    ],
+)
+def test_every_job_runs_in_the_container(tmp_path, container, runner, expected, script, arguments, command):
+    (tmp_path / runner).write_text('#!/bin/sh\necho "$*"\n')
+    (tmp_path / runner).chmod(0o755)
+    (tmp_path / "site.env").write_text(f"SITE_CONTAINER={container}\nSITE_IMAGE=/image\nSITE_MOUNTS=/a:/b\n")
+    job = {"KEYE_JOB_ROOT": str(ROOT), "SLURM_ARRAY_JOB_ID": "1", "SLURM_ARRAY_TASK_ID": "1"}
+    environment = {**os.environ, **job, "KEYE_SITE": str(tmp_path / "site.env"), "PATH": f"{tmp_path}:/bin:/usr/bin"}
+    batch = ["bash", ROOT / "launch" / script, *arguments]
+    done = subprocess.run(batch, capture_output=True, text=True, timeout=60, env=environment, check=True)
+    assert done.stdout.startswith(expected)
+    assert done.stdout.rstrip().endswith(command)
+
+
+@pytest.mark.parametrize(
     ("script", "arguments"),
     [
         ("train.sh", ("debug",)),
+        ("train.sh", ("debug", "--io-nodes", "1")),
         ("preflight.sh", ("debug",)),
         ("io_servers.sh", ("--registry", "/shared/io", "--root", "/shared/data")),
         ("convert.sbatch", ("inspect", "/shared/x")),
