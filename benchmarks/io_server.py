@@ -29,7 +29,7 @@ import torch
 from megatron_keye.config.schema import ImageConfig, VideoConfig
 from megatron_keye.data.items import describe, media_rules, resolve
 from megatron_keye.data.limits import WORKER_ENVIRONMENT
-from megatron_keye.data.media.fingerprint import pixel_fingerprint
+from megatron_keye.data.media.decoder import PYAV, decoder_id
 from megatron_keye.data.places import Member
 from megatron_keye.data.record import Media
 from megatron_keye.data.shards import Span
@@ -38,7 +38,7 @@ from megatron_keye.data.stored import StoredMedium
 from megatron_keye.io_server.attempts import Timeouts
 from megatron_keye.io_server.client import ClientSettings, MediaClient
 from megatron_keye.io_server.fleet import Fleet
-from megatron_keye.io_server.protocol import DecodeJob, decoder_id
+from megatron_keye.io_server.protocol import DecodeJob
 from megatron_keye.io_server.remote import job_of
 
 VARIANT = "keye_vl_1_5"
@@ -50,7 +50,7 @@ OVERLOAD_QUEUE = 8
 BITS_PER_PIXEL = 0.09
 """Of web video: 1.1 Mbit/s at 480p, 2.5 at 720p, 5.6 at 1080p."""
 BOOTSTRAPS = 2000
-OWN_DECODER = decoder_id(pixel_fingerprint())
+OWN_DECODER = decoder_id(PYAV)
 
 
 @dataclass(frozen=True)
@@ -124,7 +124,7 @@ def decode_here(path: Path) -> float:
     """CPU seconds of this process for the clip."""
     medium = stored(path)
     began_s = time.process_time()
-    medium.patches()
+    medium.patches(PYAV)
     return time.process_time() - began_s
 
 

@@ -1,15 +1,18 @@
 """What every pipeline of `loader.py` does to one sample, with the functions of `megatron_keye.data`: the same tokens and patches.
 
-Ours knows sizes and slow-fast tags from its index. The others are measured twice: with the same facts handed to them, and on their
-own, where each sample's media are looked at first. A clip is then decoded once, its frames are held, tagged, and resized.
+Ours knows sizes and slow-fast tags from its index. The others are measured twice: with the same facts and functions handed to them, and
+on their own, where each sample's media are looked at first. An image is then decoded and resized by Pillow, which is what their users
+have and gives the same bytes; a clip is decoded once, its frames are held, tagged, and resized.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from io import BytesIO
 from pathlib import Path
 
 import numpy as np
 import torch
+from PIL import Image
 
 from benchmarks.shard_sets import VARIANT
 from megatron_keye.config.schema import DataConfig
@@ -17,6 +20,7 @@ from megatron_keye.contract.media import PATCH_VALUES
 from megatron_keye.data.index import open_index
 from megatron_keye.data.items import Item, Resolved, describe, load_patches, media_rules, resolve, sample_frames
 from megatron_keye.data.media import slow_fast
+from megatron_keye.data.media.decoder import PYAV
 from megatron_keye.data.media.patches import patchify
 from megatron_keye.data.media.video import iter_frames, probe
 from megatron_keye.data.record import Media, parse_record
@@ -54,7 +58,7 @@ class SampleWork:
         else:
             items = index.facts(int(key) - 1).items  # keys are numbers of lines
             resolved = [resolve(item, self._rules) for item in items]
-            made = [(r, load_patches(item, r, blob, VARIANT)) for item, r, blob in zip(items, resolved, blobs, strict=True)]
+            made = [(r, load_patches(item, r, blob, VARIANT, PYAV)) for item, r, blob in zip(items, resolved, blobs, strict=True)]
         tokens = tokenize(record, [resolved.layout for resolved, _ in made], tokenizer, VARIANT)
         patches = [p for _, own in made for p in own]
         return {
@@ -71,9 +75,10 @@ class SampleWork:
 
     def _look_and_load(self, media: Media, blob: bytes) -> tuple[Resolved, list[np.ndarray]]:
         if media.kind == "image":
-            item = describe("image", blob, media.options, self._rules)
-            resolved = resolve(item, self._rules)
-            return resolved, load_patches(item, resolved, blob, VARIANT)
+            resolved = resolve(describe("image", blob, media.options, self._rules), self._rules)
+            (size,) = resolved.sizes
+            picture = Image.open(BytesIO(blob)).convert("RGB").resize(size[::-1], Image.Resampling.BICUBIC)
+            return resolved, [patchify(np.array(picture)[None])]
         info = probe(blob)
         sampled = sample_frames(info.num_frames, info.fps, media.options, self._rules)
         frames = list(iter_frames(blob, sampled.numbers))

@@ -11,11 +11,12 @@ from pathlib import Path
 
 import numpy as np
 
-from megatron_keye.config.schema import DataConfig, Variant
+from megatron_keye.config.schema import DataConfig, DecoderName, Variant
 from megatron_keye.contract.media import SampleShape
 from megatron_keye.data.fit import Fitted, Rejected, fit, row_limit_tokens
 from megatron_keye.data.index import Index, Made, made_with, open_index
 from megatron_keye.data.items import MediaRules, media_rules, sample_frames
+from megatron_keye.data.media.decoder import open_decoder
 from megatron_keye.data.record import Record, parse_record
 from megatron_keye.data.shards import parse_json
 from megatron_keye.data.stored import StoredMedium
@@ -35,11 +36,14 @@ SAMPLING_RULES = ("fps", "min_frame_tokens", "total_tokens", "max_frames")
 class Dataset:
     """Samples that fit a row, numbered from 0 in index order. All methods may be called from several threads."""
 
-    def __init__(self, index: Index, tokenizer: KeyeTokenizer, rules: MediaRules, limit_tokens: int, fingerprint: str):
+    def __init__(
+        self, index: Index, tokenizer: KeyeTokenizer, rules: MediaRules, limit_tokens: int, decoder: DecoderName, fingerprint: str
+    ):  # fmt: skip
         self._index = index
         self._tokenizer = tokenizer
         self._rules = rules
         self._limit_tokens = limit_tokens
+        self._decoder: DecoderName = decoder
         self.fingerprint = fingerprint
         """Changes with the data, the tokenizer, and every setting that changes a sample."""
         self._usable, self._table, self.rejected = _usable(index, rules, limit_tokens)
@@ -59,7 +63,8 @@ class Dataset:
         _check_sampling(folder, index, rules)
         limit_tokens = row_limit_tokens(data_config.seq_length_tokens, data_config.pad_multiple_tokens)
         settings = json.dumps([index.fingerprint, asdict(rules), limit_tokens], sort_keys=True)
-        dataset = cls(index, tokenizer, rules, limit_tokens, hashlib.sha256(settings.encode()).hexdigest())
+        fingerprint = hashlib.sha256(settings.encode()).hexdigest()
+        dataset = cls(index, tokenizer, rules, limit_tokens, data_config.media.decoder, fingerprint)
         if not len(dataset):
             why = f"all {len(index)} are too long, the first: {dataset.rejected[0]}" if len(index) else "its index is empty"
             raise DataError(f"the data set at {folder} has no usable sample: {why}")
@@ -139,8 +144,12 @@ class Dataset:
         return tokenized
 
     def pixels(self, sample: int) -> list[np.ndarray]:
-        """uint8 [num_patches, 588] per attention segment, in order. Raises DataError for media that cannot be decoded."""
-        return [patches for medium in self.stored_media(sample) for patches in medium.patches()]
+        """uint8 [num_patches, 588] per attention segment, in order. Raises as `StoredMedium.patches` and `open_decoder` do."""
+        media = self.stored_media(sample)
+        if not media:
+            return []
+        decoder = open_decoder(self._decoder)
+        return [patches for medium in media for patches in medium.patches(decoder)]
 
     def stored_media(self, sample: int) -> list[StoredMedium]:
         """Its images and videos, in order. Raises DataError as `record` does."""

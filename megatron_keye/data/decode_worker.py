@@ -17,6 +17,7 @@ def open_sets(sets: list[dict[str, Any]]) -> "list[MixedDataset]":
     import torch
 
     from megatron_keye.config.schema import DataConfig
+    from megatron_keye.data.media.decoder import open_decoder
     from megatron_keye.data.mixture import open_samples
     from megatron_keye.data.tokenizer import load_tokenizer
 
@@ -25,6 +26,7 @@ def open_sets(sets: list[dict[str, Any]]) -> "list[MixedDataset]":
     opened = []
     for described in sets:
         config, variant = DataConfig.model_validate(described["data"]), described["variant"]
+        open_decoder(config.media.decoder)  # before memory is limited: a GPU's driver takes much address space
         opened.append(open_samples(described["location"], load_tokenizer(config.tokenizer, variant), variant, config))
     return opened
 

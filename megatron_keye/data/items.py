@@ -1,7 +1,8 @@
 """One image or video of a sample: what its bytes say, which sizes the rules give it, and its patches.
 
 `describe` reads bytes, once, when a set is indexed. `resolve` is arithmetic on that description, so planning needs no bytes.
-`load_patches` makes the pixels that the resolved sizes promise.
+`load_patches` makes the pixels that the resolved sizes promise, with the decoder of the run; what is described is always read by PyAV and
+Pillow, so that an index does not depend on the decoder or the host.
 """
 
 from collections.abc import Iterator, Mapping
@@ -12,7 +13,8 @@ import numpy as np
 from megatron_keye.config.schema import ImageConfig, Variant, VideoConfig
 from megatron_keye.contract.media import PATCH_PIXELS, PatchGrid
 from megatron_keye.data.media import preview_video, slow_fast
-from megatron_keye.data.media.image import image_dimensions, read_image, resize_image
+from megatron_keye.data.media.decoder import MediaDecoder
+from megatron_keye.data.media.image import image_dimensions, resize_image
 from megatron_keye.data.media.patches import patchify
 from megatron_keye.data.media.resize import PREVIEW_PROCESSOR, TOKEN_AREA, PixelLimits, Size, resize_steps
 from megatron_keye.data.media.rules import VideoRules, video_rules
@@ -116,31 +118,29 @@ def resolve(item: Item, rules: MediaRules, max_tokens: int | None = None) -> Res
     return _resolve_clip(item, item.frames, rules, max_tokens)
 
 
-def load_patches(item: Item, resolved: Resolved, blob: bytes, variant: Variant) -> list[np.ndarray]:
+def load_patches(item: Item, resolved: Resolved, blob: bytes, variant: Variant, decoder: MediaDecoder) -> list[np.ndarray]:
     """uint8 [num_patches, 588] per attention segment of the item, in order. Raises DataError for bytes that cannot be
-    decoded or are not those that were described."""
-    pieces = list(iter_patches(item, resolved.sizes, blob, variant))
+    decoded or are not those that were described, UnsupportedError as the decoder does."""
+    pieces = list(iter_patches(item, resolved.sizes, blob, variant, decoder))
     return pieces if len(pieces) == len(resolved.layout.grids) else [np.concatenate(pieces)]
 
 
-def iter_patches(item: Item, sizes: tuple[Size, ...], blob: bytes, variant: Variant) -> Iterator[np.ndarray]:
+def iter_patches(item: Item, sizes: tuple[Size, ...], blob: bytes, variant: Variant, decoder: MediaDecoder) -> Iterator[np.ndarray]:
     """The patches of `load_patches` in the same order, as an image or frame by frame, one of which is held at a time."""
     if item.frames is None:
-        image = read_image(blob, variant)
+        image = decoder.read_image(blob, variant)
         _expect_size(image.shape[:2], item)
         yield patchify(resize_image(image, sizes)[None])
     elif variant == "keye_vl_1_5":
-        yield from _slow_fast_patches(item, item.frames, sizes, blob)
+        yield from _slow_fast_patches(item, item.frames.tags, sizes, decoder.iter_frames(blob, item.frames.numbers))
     else:
-        yield from _clip_patches(item, item.frames, sizes, blob)
+        yield from _clip_patches(item, sizes, decoder.iter_frames(blob, item.frames.numbers))
 
 
 def _resolve_image(item: Item, rules: MediaRules, max_tokens: int | None) -> Resolved:
     most = rules.image_max_tokens if max_tokens is None else min(max_tokens, rules.image_max_tokens)
     limits = {name: int(value) for name, value in item.options.items()}
-    steps = resize_steps(
-        item.height, item.width, rules.variant, rules.image_min_tokens, most, processor=rules.processor, **limits
-    )
+    steps = resize_steps(item.height, item.width, rules.variant, rules.image_min_tokens, most, processor=rules.processor, **limits)
     return Resolved(ItemLayout("image", (_grid(1, steps[-1]),)), steps)
 
 
@@ -167,14 +167,14 @@ def _resolve_clip(item: Item, frames: Frames, rules: MediaRules, max_tokens: int
     return Resolved(ItemLayout("video", (_grid(num_frames, steps[-1]),), ticks_per_frame=ticks_per_frame), steps)
 
 
-def _slow_fast_patches(item: Item, frames: Frames, sizes: tuple[Size, ...], blob: bytes) -> Iterator[np.ndarray]:
-    for tag, frame in zip(frames.tags, iter_frames(blob, frames.numbers), strict=True):
+def _slow_fast_patches(item: Item, tags: np.ndarray, sizes: tuple[Size, ...], frames: Iterator[np.ndarray]) -> Iterator[np.ndarray]:
+    for tag, frame in zip(tags, frames, strict=True):
         _expect_size(frame.shape[:2], item)
         yield patchify(slow_fast.resize_frames(frame[None], sizes[tag]))
 
 
-def _clip_patches(item: Item, frames: Frames, sizes: tuple[Size, ...], blob: bytes) -> Iterator[np.ndarray]:
-    for frame in iter_frames(blob, frames.numbers):
+def _clip_patches(item: Item, sizes: tuple[Size, ...], frames: Iterator[np.ndarray]) -> Iterator[np.ndarray]:
+    for frame in frames:
         _expect_size(frame.shape[:2], item)
         yield patchify(preview_video.resize_frames(frame[None], sizes))
 

@@ -13,6 +13,7 @@ import numpy as np
 from megatron_keye.config.schema import StorageConfig
 from megatron_keye.contract.media import SampleShape
 from megatron_keye.data.items import Item, MediaRules, Resolved, describe, load_patches, resolve
+from megatron_keye.data.media.decoder import PYAV
 from megatron_keye.data.record import Media, Record, parse_record
 from megatron_keye.data.shards import parse_json
 from megatron_keye.data.source_media import media_bytes
@@ -65,7 +66,7 @@ class SampleList:
         for number, (media, item, resolved) in enumerate(zip(listed.media, listed.items, listed.resolved, strict=True)):
             blob = media_bytes(media, self._folder, listed.place, self._storage)
             try:
-                patches += load_patches(item, resolved, blob, self._rules.variant)
+                patches += load_patches(item, resolved, blob, self._rules.variant, PYAV)
             except DataError as error:
                 raise DataError(f"{listed.place}, {media.kind} {number}: {error}") from error
         return patches

@@ -6,9 +6,10 @@ import numpy as np
 
 from megatron_keye.config.schema import Variant
 from megatron_keye.data.items import Item, Resolved, load_patches
+from megatron_keye.data.media.decoder import MediaDecoder
 from megatron_keye.data.places import Place
 from megatron_keye.data.record import Media
-from megatron_keye.errors import DataError
+from megatron_keye.errors import DataError, UnsupportedError
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,10 +23,11 @@ class StoredMedium:
     variant: Variant
     where: str
 
-    def patches(self) -> list[np.ndarray]:
-        """uint8 [num_patches, 588] per attention segment, in order. Raises DataError for media that cannot be decoded."""
+    def patches(self, decoder: MediaDecoder) -> list[np.ndarray]:
+        """uint8 [num_patches, 588] per attention segment, in order. Raises DataError for media that cannot be decoded, and
+        UnsupportedError for those that this decoder cannot."""
         blob = self.place.read(self.media, self.where)
         try:
-            return load_patches(self.item, self.resolved, blob, self.variant)
-        except DataError as error:
-            raise DataError(f"{self.where}: {error}") from error
+            return load_patches(self.item, self.resolved, blob, self.variant, decoder)
+        except (DataError, UnsupportedError) as error:
+            raise type(error)(f"{self.where}: {error}") from error

@@ -18,7 +18,7 @@ from megatron_keye.contract.media import PATCH_VALUES
 from megatron_keye.data import messages
 from megatron_keye.data.limits import end_with_parent, is_out_of_memory, limit_memory
 from megatron_keye.data.sources import Samples
-from megatron_keye.errors import DataError, KeyeError, MediumUnreachableError, UnreachableError
+from megatron_keye.errors import DataError, KeyeError, MediumUnreachableError, UnreachableError, UnsupportedError
 
 
 class CountedSamples(Samples, Protocol):
@@ -95,6 +95,7 @@ def _code(error: Exception) -> str:
         MediumUnreachableError: "medium_unreachable",  # a DataError, too
         DataError: "data",
         UnreachableError: "unreachable",
+        UnsupportedError: "unsupported",
     }
     return next((code for kind, code in codes.items() if isinstance(error, kind)), "internal")
 

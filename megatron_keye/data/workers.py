@@ -27,7 +27,7 @@ from megatron_keye.data.slabs import Slab
 from megatron_keye.data.sources import LoadCounts, LoadedSample, Requests, Results, read_each
 from megatron_keye.data.tokenize import TokenizedSample
 from megatron_keye.data.worker import TOKEN_BYTES, result_bytes
-from megatron_keye.errors import DataError, KeyeError, MediumUnreachableError, SettingsError, UnreachableError
+from megatron_keye.errors import DataError, KeyeError, MediumUnreachableError, SettingsError, UnreachableError, UnsupportedError
 
 WORKER_COMMAND = (sys.executable, "-m", "megatron_keye.data.decode_worker")
 START_TIMEOUT_S = 120.0
@@ -268,6 +268,7 @@ def _error(code: str, message: str) -> KeyeError:
         "data": DataError,
         "medium_unreachable": MediumUnreachableError,
         "unreachable": UnreachableError,
+        "unsupported": UnsupportedError,
     }
     return kinds.get(code, KeyeError)(message)
 

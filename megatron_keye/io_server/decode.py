@@ -1,21 +1,23 @@
-"""The worker program that servers start: the local decoder's own functions, one thread, behind `worker.main`."""
+"""The worker program that servers start: the run's own functions, with the decoder of its first argument, behind `worker.main`."""
 
 import sys
 from collections.abc import Iterator
+from functools import partial
 
 import cv2
 import numpy as np
 import torch
 
 from megatron_keye.data.items import Frames, Item, iter_patches
-from megatron_keye.data.media.fingerprint import pixel_fingerprint
-from megatron_keye.io_server.protocol import DecodeJob, decoder_id
+from megatron_keye.data.media.decoder import MediaDecoder, decoder_id, open_decoder
+from megatron_keye.errors import KeyeError
+from megatron_keye.io_server.protocol import DecodeJob
 from megatron_keye.io_server.worker import main
 
 
-def decode(job: DecodeJob, blob: bytes) -> Iterator[np.ndarray]:
-    """Yields uint8 [num_patches, 588] as `data.items.iter_patches` does. Raises DataError."""
-    return iter_patches(_item(job), job.sizes, blob, job.variant)
+def decode(decoder: MediaDecoder, job: DecodeJob, blob: bytes) -> Iterator[np.ndarray]:
+    """Yields uint8 [num_patches, 588] as `data.items.iter_patches` does. Raises DataError and UnsupportedError."""
+    return iter_patches(_item(job), job.sizes, blob, job.variant, decoder)
 
 
 def _item(job: DecodeJob) -> Item:
@@ -31,4 +33,9 @@ def _item(job: DecodeJob) -> Item:
 if __name__ == "__main__":
     torch.set_num_threads(1)
     cv2.setNumThreads(1)
-    sys.exit(main(decode, decoder_id(pixel_fingerprint())))
+    name, *arguments = sys.argv[1:]
+    try:
+        chosen = open_decoder(name)
+    except KeyeError as missing:
+        sys.exit(f"error: {missing}")
+    sys.exit(main(arguments, partial(decode, chosen), decoder_id(chosen)))

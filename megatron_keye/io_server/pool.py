@@ -10,6 +10,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+from megatron_keye.config.schema import DecoderName
 from megatron_keye.data import messages
 from megatron_keye.data.limits import WORKER_ENVIRONMENT
 from megatron_keye.data.slabs import Slab
@@ -17,13 +18,17 @@ from megatron_keye.errors import KeyeError
 from megatron_keye.io_server.protocol import Refused
 from megatron_keye.io_server.worker import WorkerLimits
 
-WORKER_COMMAND = (sys.executable, "-m", "megatron_keye.io_server.decode")
 JOBS_PER_WORKER = 5000
 """A worker is replaced after so many, in case a library loses memory."""
 START_TIMEOUT_S = 120.0
 RESTART_PAUSE_S = 1.0
 CRASHES = frozenset({signal.SIGSEGV, signal.SIGBUS, signal.SIGILL, signal.SIGFPE, signal.SIGABRT, signal.SIGTRAP, signal.SIGSYS})
 """Signals by which a process dies of what it does; others are sent from outside."""
+
+
+def worker_command(decoder: DecoderName) -> tuple[str, ...]:
+    """The program of workers that decode with this decoder."""
+    return (sys.executable, "-m", "megatron_keye.io_server.decode", decoder)
 
 
 class WorkerDied(Exception):
@@ -41,8 +46,8 @@ class PoolSettings:
     """Jobs that may wait for a worker."""
     roots: tuple[Path, ...]
     limits: WorkerLimits
-    command: tuple[str, ...] = WORKER_COMMAND
-    """Program that calls `worker.main`."""
+    command: tuple[str, ...]
+    """Program that calls `worker.main`, with its first arguments."""
 
 
 class Worker:

@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-from importlib.metadata import version
 from itertools import pairwise
 from typing import Annotated, Literal, Self
 
@@ -10,7 +9,6 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from megatron_keye.config.schema import Variant
 from megatron_keye.contract.media import PATCH_PIXELS, PATCH_VALUES, TOKEN_PIXELS
-from megatron_keye.data.media.video import DECODER_ID
 from megatron_keye.errors import KeyeError
 
 DECODE_PATH = "/v1/decode"
@@ -24,8 +22,8 @@ MAX_FRAMES = 8192
 MAX_SIDE_PIXELS = 1 << 16
 
 ErrorCode = Literal[
-    "bad_request", "not_found", "denied", "missing", "wrong_decoder", "too_large", "corrupt", "oom", "worker_crashed", "decode_timeout",
-    "busy", "draining", "worker_lost", "internal",
+    "bad_request", "not_found", "denied", "missing", "wrong_decoder", "too_large", "corrupt", "unsupported", "oom", "worker_crashed",
+    "decode_timeout", "busy", "draining", "worker_lost", "internal",
 ]  # fmt: skip
 STATUS: dict[ErrorCode, int] = {
     "bad_request": 400,
@@ -35,6 +33,7 @@ STATUS: dict[ErrorCode, int] = {
     "wrong_decoder": 409,
     "too_large": 413,
     "corrupt": 422,
+    "unsupported": 422,
     "oom": 422,
     "worker_crashed": 422,
     "internal": 500,
@@ -127,12 +126,6 @@ def parse_job(text: bytes) -> DecodeJob:
         first = error.errors(include_url=False, include_input=False, include_context=False)[0]
         place = ".".join(map(str, first["loc"])) or "request"
         raise Refused("bad_request", f"{place}: {first['msg']}; {error.error_count()} problems in all") from error
-
-
-def decoder_id(fingerprint: str) -> str:
-    """Everything that decides about pixels: decoder, frame rules, the libraries that resize, and `fingerprint` of what they do here."""
-    resizers = "-".join(f"{name}-{version(name).partition('+')[0]}" for name in ("pillow", "torch"))
-    return f"{DECODER_ID}-{resizers}-pixels-{fingerprint}"
 
 
 def _num_patches(size: tuple[int, int]) -> int:

@@ -11,7 +11,7 @@ import numpy as np
 from megatron_keye.config.schema import DataConfig, MediaConfig
 from megatron_keye.contract.media import PATCH_VALUES, SampleShape
 from megatron_keye.data.dataset import Dataset
-from megatron_keye.data.media.fingerprint import pixel_fingerprint
+from megatron_keye.data.media.decoder import decoder_id, open_decoder
 from megatron_keye.data.places import Member, WebAddress
 from megatron_keye.data.sources import LoadCounts, LoadedSample, MediaCounts, Requests, Results, Source, read_each
 from megatron_keye.data.stored import StoredMedium
@@ -20,7 +20,7 @@ from megatron_keye.io_server.attempts import Timeouts
 from megatron_keye.io_server.auth import load_secret
 from megatron_keye.io_server.client import ClientSettings, MediaClient, Poisonous
 from megatron_keye.io_server.fleet import Fleet
-from megatron_keye.io_server.protocol import DecodeJob, decoder_id
+from megatron_keye.io_server.protocol import DecodeJob
 
 
 class RemoteMedia:
@@ -136,7 +136,7 @@ def connect(data: DataConfig) -> RemoteMedia | None:
     strange = [url for url in settings.servers if not re.fullmatch(r"http://[^/\s]+:\d+", url)]
     if strange:
         raise SettingsError(f"data.media.servers has {', '.join(strange)}: expected http://HOST:PORT")
-    own_decoder_id = decoder_id(pixel_fingerprint())
+    own_decoder_id = decoder_id(open_decoder(settings.decoder))
     fleet = Fleet(settings.servers, None if settings.registry is None else Path(settings.registry), own_decoder_id)
     return RemoteMedia(MediaClient(fleet, _client_settings(settings)), own_decoder_id)
 

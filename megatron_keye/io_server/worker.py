@@ -9,9 +9,8 @@ import os
 import select
 import signal
 import socket
-import sys
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,7 +20,7 @@ import xxhash
 
 from megatron_keye.data import messages
 from megatron_keye.data.limits import is_out_of_memory, limit_memory
-from megatron_keye.errors import DataError
+from megatron_keye.errors import DataError, UnsupportedError
 from megatron_keye.io_server.protocol import DecodeJob, Refused, parse_job
 from megatron_keye.io_server.roots import Roots
 
@@ -105,15 +104,17 @@ def _read(roots: Roots, job: DecodeJob) -> bytes:
 def _code(error: BaseException) -> str:
     if is_out_of_memory(error):
         return "oom"
+    if isinstance(error, UnsupportedError):
+        return "unsupported"
     return "corrupt" if isinstance(error, DataError) else "internal"
 
 
-def main(decode: Decode, decoder_id: str) -> int:
+def main(arguments: Sequence[str], decode: Decode, decoder_id: str) -> int:
     """Serve with `decode`, whose pixels `decoder_id` names.
 
-    `argv`: descriptor of the socket, memory limit in bytes, time limit in seconds, roots.
+    `arguments`: descriptor of the socket, memory limit in bytes, time limit in seconds, roots.
     """
-    fd, memory_bytes, decode_s, *roots = sys.argv[1:]
+    fd, memory_bytes, decode_s, *roots = arguments
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C in a terminal is for the front, which ends its workers
     with socket.socket(fileno=int(fd)) as sock:
         os.set_inheritable(sock.fileno(), False)

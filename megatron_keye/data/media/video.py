@@ -27,6 +27,8 @@ DECODER_ID = f"pyav-{av.__version__}-ffmpeg-{av.ffmpeg_version_info}-rules-1"
 _OPEN_OPTIONS = {"format_whitelist": "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,mpegts,avi,flv", "protocol_whitelist": "none"}
 # Codecs whose decoder leaves out frames that no other refers to without a change in the others (B-frames, mostly).
 _SKIPPABLE_CODECS = frozenset({"h264", "hevc"})
+# What all decoders agree on: 8 bits, colours at half the resolution.
+_PLAIN_FORMATS = frozenset({"yuv420p", "yuvj420p"})
 # Codecs with packets of their own for frames that are never shown.
 _HIDDEN_FRAME_CODECS = frozenset({"vp8"})
 _MATROSKA_MAGIC, _MATROSKA_SEGMENT = b"\x1aE\xdf\xa3", b"\x18S\x80g"
@@ -46,10 +48,31 @@ class VideoInfo:
 
 
 @dataclass(frozen=True, slots=True)
-class _Timeline:
-    """`pts` of every frame in the order shown, or None where packets do not tell: frames are then counted as decoded."""
+class StoredClip:
+    """How a clip lies in its file, for decoders that know less of it. `is_plain` says that every packet is one shown frame, the first a
+    key frame, of 8 bits in 4:2:0: what numbers and colours its frames have is then the same everywhere."""
 
+    codec: str
+    """FFmpeg's name."""
+    num_frames: int
+    is_plain: bool
+    height: int
+    width: int
+    """Of the stored frames, before `quarter_turns`."""
+    quarter_turns: int
+    """Counterclockwise, as np.rot90 counts, until they are upright."""
+    color_matrix: int
+    """Number of the conversion between YCbCr and RGB in ISO/IEC 23091-2: 1 is BT.709, 2 is not said."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Timeline:
+    """`pts` of every frame in the order shown, or None where packets do not tell: frames are then counted as decoded. `is_whole` says
+    that no packet is left out of them."""
+
+    codec: str
     pts: tuple[int, ...] | None
+    is_whole: bool
     num_frames: int
     fps: float
     duration_s: float
@@ -70,9 +93,17 @@ def probe(blob: bytes) -> VideoInfo:
     Raises DataError for bytes that are not a whole video file of a known format.
     """
     timeline = _timeline(blob)
-    first = next(_frames(blob, timeline, (0,)))
-    height, width = first.shape[:2]
+    height, width = _upright_rgb(next(_frames(blob, timeline, (0,)))).shape[:2]
     return VideoInfo(timeline.num_frames, timeline.fps, height, width, timeline.duration_s)
+
+
+def inspect(blob: bytes) -> StoredClip:
+    """What another decoder must be told of a clip. Errors as `probe`."""
+    timeline = _timeline(blob)
+    first = next(_frames(blob, timeline, (0,)))
+    is_plain = timeline.is_whole and first.format.name in _PLAIN_FORMATS
+    size = (first.height, first.width)
+    return StoredClip(timeline.codec, timeline.num_frames, is_plain, *size, _quarter_turns(first), int(first.colorspace))
 
 
 def iter_frames(blob: bytes, indices: Sequence[int]) -> Iterator[np.ndarray]:
@@ -80,13 +111,18 @@ def iter_frames(blob: bytes, indices: Sequence[int]) -> Iterator[np.ndarray]:
 
     Raises ValueError for indices out of order, DataError for one the clip does not have and for a damaged file.
     """
+    timeline = _timeline(blob)
+    yield from map(_upright_rgb, _frames(blob, timeline, checked_indices(indices, timeline.num_frames)))
+
+
+def checked_indices(indices: Sequence[int], num_frames: int) -> tuple[int, ...]:
+    """Indices for frames of a clip of `num_frames`. Raises as `iter_frames`."""
     wanted = tuple(int(i) for i in indices)
     if any(b <= a for a, b in pairwise(wanted)):
         raise ValueError(f"found frame indices {wanted}; expected increasing ones")
-    timeline = _timeline(blob)
-    if wanted and not 0 <= wanted[0] <= wanted[-1] < timeline.num_frames:
-        raise DataError(f"frames {wanted[0]} to {wanted[-1]} were asked for; found a clip of {timeline.num_frames} frames: index it again")
-    yield from _frames(blob, timeline, wanted)
+    if wanted and not 0 <= wanted[0] <= wanted[-1] < num_frames:
+        raise DataError(f"frames {wanted[0]} to {wanted[-1]} were asked for; found a clip of {num_frames} frames: index it again")
+    return wanted
 
 
 def decode_frames(blob: bytes, indices: Sequence[int]) -> np.ndarray:
@@ -122,7 +158,7 @@ def _timeline(blob: bytes) -> _Timeline:
         time_base_s = float(stream.time_base)
     pts = [p.pts for p in packets if not p.is_discard]
     if codec in _HIDDEN_FRAME_CODECS or None in pts or len(set(pts)) != len(pts):
-        return _counted_timeline(blob, declared_fps)
+        return _counted_timeline(blob, codec, declared_fps)
     # Frames shown ahead of the first key frame refer to frames that the file does not have.
     start = next((p.pts for p in packets if p.is_keyframe), None)
     shown = tuple(sorted(t for t in pts if start is None or t >= start))
@@ -130,7 +166,8 @@ def _timeline(blob: bytes) -> _Timeline:
         raise DataError(f"cannot decode a video: found {describe_blob(blob)} without a frame; restore or drop it")
     last_duration = next(p.duration for p in packets if p.pts == shown[-1])
     duration_s = (shown[-1] - shown[0] + last_duration) * time_base_s
-    return _Timeline(shown, len(shown), _frame_rate(blob, declared_fps, len(shown), duration_s), duration_s)
+    fps = _frame_rate(blob, declared_fps, len(shown), duration_s)
+    return _Timeline(codec, shown, len(shown) == len(packets), len(shown), fps, duration_s)
 
 
 def _packet_headers(blob: bytes, container: InputContainer, stream: VideoStream) -> list[_Packet]:
@@ -143,7 +180,7 @@ def _packet_headers(blob: bytes, container: InputContainer, stream: VideoStream)
     return headers
 
 
-def _counted_timeline(blob: bytes, declared_fps: float) -> _Timeline:
+def _counted_timeline(blob: bytes, codec: str, declared_fps: float) -> _Timeline:
     with _opened(blob) as (container, stream):
         num_frames = sum(1 for _ in container.decode(stream))
     if num_frames == 0 or declared_fps <= 0:
@@ -151,7 +188,7 @@ def _counted_timeline(blob: bytes, declared_fps: float) -> _Timeline:
             f"cannot decode a video: found {describe_blob(blob)} with {num_frames} frames at {declared_fps} frames per second; "
             "expected at least one frame and a frame rate: rewrite it with timestamps or drop it"
         )
-    return _Timeline(None, num_frames, declared_fps, num_frames / declared_fps)
+    return _Timeline(codec, None, False, num_frames, declared_fps, num_frames / declared_fps)
 
 
 def _frame_rate(blob: bytes, declared_fps: float, num_frames: int, duration_s: float) -> float:
@@ -185,7 +222,7 @@ def _matroska_end(blob: bytes) -> int:
     return 0 if size == value_bits else at + num_bytes + size
 
 
-def _frames(blob: bytes, timeline: _Timeline, wanted: tuple[int, ...]) -> Iterator[np.ndarray]:
+def _frames(blob: bytes, timeline: _Timeline, wanted: tuple[int, ...]) -> Iterator[av.VideoFrame]:
     numbers = iter(wanted)
     number = next(numbers, None)
     if number is None:
@@ -194,7 +231,7 @@ def _frames(blob: bytes, timeline: _Timeline, wanted: tuple[int, ...]) -> Iterat
         for index, frame in _numbered(blob, container, stream, timeline, wanted):
             if index != number:
                 break
-            yield _upright_rgb(frame)
+            yield frame
             number = next(numbers, None)
             if number is None:
                 return
@@ -223,5 +260,8 @@ def _numbered(
 
 
 def _upright_rgb(frame: av.VideoFrame) -> np.ndarray:
-    quarter_turns = round(frame.rotation / 90) % 4  # counterclockwise, as np.rot90 counts
-    return np.ascontiguousarray(np.rot90(frame.to_ndarray(format="rgb24"), quarter_turns))
+    return np.ascontiguousarray(np.rot90(frame.to_ndarray(format="rgb24"), _quarter_turns(frame)))
+
+
+def _quarter_turns(frame: av.VideoFrame) -> int:
+    return round(frame.rotation / 90) % 4

@@ -6,12 +6,14 @@ import http.client
 import json
 import signal
 from pathlib import Path
+from typing import get_args
 from urllib.parse import urlsplit
 
+from megatron_keye.config.schema import DecoderName
 from megatron_keye.errors import SettingsError
 from megatron_keye.io_server.auth import load_secret
 from megatron_keye.io_server.front import Front, ServerSettings
-from megatron_keye.io_server.pool import PoolSettings
+from megatron_keye.io_server.pool import PoolSettings, worker_command
 from megatron_keye.io_server.protocol import HEALTH_PATH
 from megatron_keye.io_server.roots import Roots
 from megatron_keye.io_server.worker import WorkerLimits
@@ -32,6 +34,7 @@ MIB = 1 << 20
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--listen", metavar="HOST:PORT", help="where to listen; port 0 takes a free one and says which")
     parser.add_argument("--workers", type=int, default=1, metavar="N", help="decoding processes; about one per core (default: 1)")
+    parser.add_argument("--decoder", choices=get_args(DecoderName), default="pyav", help="data.media.decoder of the runs (default: pyav)")
     parser.add_argument("--root", nargs="+", default=[], metavar="DIR", help="folders whose files may be read, and no others")
     parser.add_argument("--secret-file", metavar="F", help="secret that runs must know (data.media.secret_file)")
     parser.add_argument("--registry", metavar="DIR", help="shared folder in which runs find this server (data.media.registry)")
@@ -77,7 +80,7 @@ def _settings(args: argparse.Namespace) -> ServerSettings:
     return ServerSettings(
         host=host.strip("[]"),
         port=int(port),
-        pool=PoolSettings(args.workers, queue_jobs, roots, limits),
+        pool=PoolSettings(args.workers, queue_jobs, roots, limits, worker_command(args.decoder)),
         memory_bytes=args.memory_mib * MIB,
         drain_s=args.drain_s,
         secret=None if args.secret_file is None else load_secret(Path(args.secret_file)),

@@ -6,6 +6,7 @@ import pytest
 from megatron_keye.config.schema import ImageConfig, VideoConfig
 from megatron_keye.data.items import Item, describe, load_patches, media_rules, resolve, sample_frames
 from megatron_keye.data.media import preview_video, slow_fast
+from megatron_keye.data.media.decoder import PYAV
 from megatron_keye.data.media.patches import patchify
 from megatron_keye.data.media.video import decode_frames
 from megatron_keye.errors import DataError
@@ -32,7 +33,7 @@ def test_a_1_5_video_is_its_sampled_frames_in_slow_and_fast_sizes(clip):
         patchify(slow_fast.resize_frames(frame[None], fast if tag else slow))
         for frame, tag in zip(decode_frames(clip, item.frames.numbers), item.frames.tags, strict=True)
     ]
-    for patches, frame, grid in zip(load_patches(item, resolved, clip, "keye_vl_1_5"), expected, resolved.layout.grids, strict=True):
+    for patches, frame, grid in zip(load_patches(item, resolved, clip, "keye_vl_1_5", PYAV), expected, resolved.layout.grids, strict=True):
         np.testing.assert_array_equal(patches, frame)
         assert len(patches) == grid.num_patches
 
@@ -41,7 +42,7 @@ def test_a_preview_clip_is_one_segment_of_all_its_frames(clip):
     item = describe("video", clip, {}, PREVIEW)
     resolved = resolve(item, PREVIEW)
     frames = preview_video.resize_frames(decode_frames(clip, item.frames.numbers), resolved.sizes)
-    (patches,) = load_patches(item, resolved, clip, "keye_vl_preview")
+    (patches,) = load_patches(item, resolved, clip, "keye_vl_preview", PYAV)
     np.testing.assert_array_equal(patches, patchify(frames))
     assert resolved.layout.grids[0].t == 8
     assert resolved.layout.ticks_per_frame == 1.0  # 2 ids a second, 2 frames a second
@@ -89,4 +90,4 @@ def test_media_of_another_size_than_described_are_refused(clip, rules):
         item = describe(kind, blob, {}, rules)
         other = Item(item.height, item.width + 1, {}, item.frames)
         with pytest.raises(DataError, match="the media changed after they were indexed"):
-            load_patches(other, resolve(other, rules), blob, rules.variant)
+            load_patches(other, resolve(other, rules), blob, rules.variant, PYAV)

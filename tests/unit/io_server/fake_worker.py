@@ -11,10 +11,9 @@ import numpy as np
 
 from megatron_keye.contract.media import PATCH_VALUES
 from megatron_keye.errors import DataError
-from megatron_keye.io_server.protocol import decoder_id
 from megatron_keye.io_server.worker import main
 
-FAKE_ID = decoder_id("fake")
+FAKE_ID = "fake-1"
 
 
 def decode(job, blob):
@@ -53,4 +52,4 @@ def pixels(job, blob):
 
 
 if __name__ == "__main__":
-    sys.exit(main(decode, FAKE_ID))
+    sys.exit(main(sys.argv[1:], decode, FAKE_ID))

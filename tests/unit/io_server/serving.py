@@ -18,7 +18,7 @@ from megatron_keye.io_server.attempts import Timeouts
 from megatron_keye.io_server.client import ClientSettings, MediaClient
 from megatron_keye.io_server.fleet import Fleet
 from megatron_keye.io_server.front import Front, ServerSettings
-from megatron_keye.io_server.pool import WORKER_COMMAND, PoolSettings
+from megatron_keye.io_server.pool import PoolSettings, worker_command
 from megatron_keye.io_server.protocol import DECODE_PATH, DecodeJob
 from megatron_keye.io_server.worker import WorkerLimits
 from tests.unit.io_server import fake_worker
@@ -68,7 +68,7 @@ class RunningServer:
 
 
 def real_server(root: Path, **settings) -> RunningServer:
-    return RunningServer(root, WORKER_COMMAND, **settings)
+    return RunningServer(root, worker_command("pyav"), **settings)
 
 
 def job_for(path: Path, /, **changes) -> DecodeJob:

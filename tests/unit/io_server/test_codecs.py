@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from megatron_keye.contract.media import PATCH_PIXELS
+from megatron_keye.data.media.decoder import PYAV
 from megatron_keye.data.media.video import probe
 from megatron_keye.io_server.decode import decode
 from tests.unit.data.media.conftest import encode_clip, frame_number  # noqa: F401
@@ -62,7 +63,7 @@ def check(server, path, blob, read_number, first_shown=0, is_upright=True):
     job = job_for(path, height=info.height, width=info.width, sizes=sizes, frames=WANTED, fast=fast, decoder_id=server.front._decoder_id)
     status, _, body = post(server.url, job)
     assert status == 200, body
-    assert body == b"".join(patches.tobytes() for patches in decode(job, blob))
+    assert body == b"".join(patches.tobytes() for patches in decode(PYAV, job, blob))
     segments = np.split(np.frombuffer(body, np.uint8).reshape(-1, 588), np.cumsum(job.segments)[:-1])
     shown = []
     for patches, is_fast in zip(segments, fast, strict=True):

@@ -13,13 +13,13 @@ from megatron_keye.config.load import load_config
 from megatron_keye.config.schema import DataConfig, MediaConfig
 from megatron_keye.data.dataset import Dataset
 from megatron_keye.data.items import iter_patches
+from megatron_keye.data.media.decoder import PYAV, decoder_id
 from megatron_keye.data.media.fingerprint import pixel_fingerprint
 from megatron_keye.data.media.video import DECODER_ID
 from megatron_keye.data.places import WebAddress
 from megatron_keye.data.sources import MediaCounts, ThreadSource
 from megatron_keye.data.stored import StoredMedium
 from megatron_keye.errors import DataError, KeyeError, SettingsError
-from megatron_keye.io_server.protocol import decoder_id
 from megatron_keye.io_server.registry import write_lease
 from megatron_keye.io_server.remote import RemoteSource, connect, job_of
 from tests.unit.io_server.serving import error_of, post
@@ -198,7 +198,7 @@ def damaged(blob: bytes, seed: int) -> bytes:
 
 def outcome_here(medium: StoredMedium, blob: bytes) -> bytes | None:
     try:
-        return b"".join(p.tobytes() for p in iter_patches(medium.item, medium.resolved.sizes, blob, medium.variant))
+        return b"".join(p.tobytes() for p in iter_patches(medium.item, medium.resolved.sizes, blob, medium.variant, PYAV))
     except DataError:
         return None
 
@@ -236,7 +236,7 @@ def test_a_header_that_promises_a_giant_picture_is_refused(indexed, tokenizer, r
 
 
 def test_the_decoder_id_names_the_decoder_what_resizes_and_what_comes_out(real):
-    own = decoder_id(pixel_fingerprint())
+    own = decoder_id(PYAV)
     assert own.startswith(DECODER_ID)
     assert {"pillow", "torch", pixel_fingerprint()} < set(own.split("-"))
     assert "+" not in own

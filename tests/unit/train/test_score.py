@@ -20,6 +20,7 @@ from transformers.models.qwen3_vl.modeling_qwen3_vl import Qwen3VLVisionPatchMer
 from megatron_keye.config.schema import ImageConfig, VideoConfig
 from megatron_keye.contract.media import SampleShape
 from megatron_keye.data.items import describe, load_patches, media_rules, resolve
+from megatron_keye.data.media.decoder import PYAV
 from megatron_keye.errors import DataError, NumericError
 from megatron_keye.train import cli
 from megatron_keye.train.inference import SampleScore
@@ -159,7 +160,7 @@ class Composition:
             f"<|frame|>{stamp:.1f}{'<|fast_start|>' * fast}{'<|video_pad|>' * (grid.h * grid.w // 4)}{'<|fast_end|>' * fast}"
             for stamp, fast, grid in zip(layout.timestamps_s, layout.fast, layout.grids, strict=True)
         ]
-        return "".join(frames), [(g.h, g.w) for g in layout.grids], load_patches(item, resolved, blob, self.variant)
+        return "".join(frames), [(g.h, g.w) for g in layout.grids], load_patches(item, resolved, blob, self.variant, PYAV)
 
     def _logits(self, ids, grids, pixels):
         embeddings = self.decoder.model.embed_tokens(ids)
