@@ -13,6 +13,7 @@ examples:
   launch/local.sh -n 2 debug --run-dir runs/debug
   launch/local.sh -n 2 debug --run-dir runs/tp2 --set parallel.tp=2 train.steps=100
   launch/local.sh -n 8 keye_vl_1_5_8b --run-dir runs/8b --set data.train=/data/train data.tokenizer=/data/tokenizer
+  launch/local.sh -n 2 debug --dry-run     # settings, sizes, first plan, command and environment; starts nothing
   touch runs/debug/STOP        # ends the run at the next step, with a checkpoint
 
 exit codes: 0 done, or stopped on request; 65 change settings or data first; 66 the numbers went wrong;
@@ -52,8 +53,22 @@ export GLOO_SOCKET_IFNAME=${GLOO_SOCKET_IFNAME:-lo}
 # Megatron's tensor parallelism relies on kernels being started in the order in which they were issued.
 export CUDA_DEVICE_MAX_CONNECTIONS=${CUDA_DEVICE_MAX_CONNECTIONS:-1}
 
+command=("$python" "$root/launch/run_ranks.py" --standalone --local-addr 127.0.0.1 --nproc-per-node "$processes"
+    -m megatron_keye.train.cli train)
+dry_run=0
+for word in "$@"; do
+    if [[ $word == --dry-run ]]; then dry_run=1; else command+=("$word"); fi
+done
+if ((dry_run)); then
+    "$python" -m megatron_keye.train.cli train "$@" --processes "$processes"
+    printf '\nwould run, with this environment:\n'
+    printf '%q ' "${command[@]}"
+    printf '\n%s=%s' OMP_NUM_THREADS "$OMP_NUM_THREADS" PYTHONPATH "$PYTHONPATH" GLOO_SOCKET_IFNAME "$GLOO_SOCKET_IFNAME" \
+        CUDA_DEVICE_MAX_CONNECTIONS "$CUDA_DEVICE_MAX_CONNECTIONS"
+    exit 0
+fi
+
 # What is wrong with the settings is said once, before any process is started. Waits for ranks of a launcher that was killed.
 "$python" -m megatron_keye.train.cli train "$@" --check --processes "$processes"
 
-exec "$python" "$root/launch/run_ranks.py" --standalone --local-addr 127.0.0.1 --nproc-per-node "$processes" \
-    -m megatron_keye.train.cli train "$@"
+exec "${command[@]}"

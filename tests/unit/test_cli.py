@@ -178,6 +178,18 @@ def test_local_teaches():
     assert "launch/local.sh -n 2 debug --run-dir runs/debug" in done.stdout
 
 
+def test_local_shows_what_it_would_do(tmp_path):
+    done = local("-n", "2", "debug", "--dry-run", "--run-dir", str(tmp_path / "run"))
+    assert done.returncode == 0
+    for part in (
+        "layout: 2 processes",
+        f"--nproc-per-node 2 -m megatron_keye.train.cli train debug --run-dir {tmp_path}/run ",
+        "OMP_NUM_THREADS=",
+    ):
+        assert part in done.stdout
+    assert not (tmp_path / "run").exists()
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
