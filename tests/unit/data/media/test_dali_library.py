@@ -1,0 +1,154 @@
+"""The installed NVIDIA DALI behind its decoder, on the CPU: exact frames, right colours, and what it refuses."""
+
+from io import BytesIO
+
+import av
+import numpy as np
+import pytest
+
+from megatron_keye.data.media.decoder import PYAV, decoder_id, open_decoder
+from megatron_keye.data.media.video import probe
+from megatron_keye.errors import DataError, UnsupportedError
+from tests.unit.data.media.test_dali import BFRAMES, HAS_DALI, VP9, encoded
+from tests.unit.io_server.serving import RunningServer, job_for, post
+
+pytestmark = pytest.mark.skipif(not HAS_DALI, reason="NVIDIA DALI is not installed (pip install 'megatron_keye[dali]')")
+MJPEG = {"codec": "mjpeg", "pix_fmt": "yuvj420p"}
+CLIPS = {
+    "vp9_webm": VP9,
+    "vp9_mp4": {**VP9, "container": "mp4"},
+    "vp9_mkv": {**VP9, "container": "matroska", "g": "12"},
+    "vp9_hidden_references": {"container": "webm", "codec": "libvpx-vp9", "cpu-used": "4", "auto-alt-ref": "1", "lag-in-frames": "16"},
+    "vp9_variable_rate": {**VP9, "container": "mp4", "pts": np.cumsum([1 + (k * k) % 4 for k in range(48)]).tolist()},
+    "vp9_starts_late": {**VP9, "pts": [200 + k for k in range(48)]},
+    "vp9_rotated": {**VP9, "container": "mp4", "rotation": 90},
+    "mjpeg_avi": {**MJPEG, "container": "avi"},
+    "mjpeg_mp4": MJPEG,
+    "vp8": {"container": "webm", "codec": "libvpx", "cpu-used": "8"},
+    "mpeg_ts": {"container": "mpegts", "codec": "mpeg2video"},
+}
+WANTED = (0, 1, 5, 9, 10, 24, 47)
+MEAN_DIFFERENCE = 3.0
+"""Grey levels: DALI interpolates colours, swscale repeats them, and the numbers in these frames have hard edges."""
+
+
+@pytest.fixture(scope="module")
+def dali():
+    return open_decoder("dali")
+
+
+def no_gpu(decoder):
+    return "-cpu-" in decoder.name
+
+
+@pytest.mark.parametrize("name", CLIPS)
+def test_every_frame_is_the_one_asked_for(name, dali, encode_clip, frame_number):
+    blob = encode_clip(**CLIPS[name])
+    frames, expected = (np.stack(list(decoder.iter_frames(blob, WANTED))) for decoder in (dali, PYAV))
+    assert frames.shape == expected.shape
+    assert frames.dtype == np.uint8
+    turned = np.rot90(frames, -1, axes=(1, 2)) if name == "vp9_rotated" else frames
+    assert [frame_number(np.ascontiguousarray(frame)) for frame in turned] == list(WANTED)
+    difference = np.abs(frames.astype(int) - expected)
+    print(f"parity dali_{name} mean_diff={difference.mean():.2f} max_diff={difference.max()}")
+    assert difference.mean() < MEAN_DIFFERENCE
+
+
+@pytest.mark.parametrize("shift", [5])
+def test_an_edit_list_holds(dali, encode_clip, frame_number, shift):
+    file = BytesIO()
+    with av.open(BytesIO(encode_clip(**VP9, g="12"))) as source:
+        with av.open(file, "w", format="mp4", options={"avoid_negative_ts": "disabled"}) as target:
+            stream = source.streams.video[0]
+            copy = target.add_stream_from_template(stream)
+            ticks = int(shift / 30 / stream.time_base)
+            for packet in source.demux(stream):
+                if packet.size:
+                    packet.pts, packet.dts, packet.stream = packet.pts - ticks, packet.dts - ticks, copy
+                    target.mux(packet)
+    blob = file.getvalue()
+    assert [frame_number(frame) for frame in dali.iter_frames(blob, range(probe(blob).num_frames))] == list(range(shift, 48))
+
+
+@pytest.mark.parametrize("color_range", [1, 2])
+@pytest.mark.parametrize("matrix", [1, 5])
+def test_colours_are_those_that_the_clip_says(dali, matrix, color_range):
+    colors = [(200, 120, 90), (60, 140, 80), (70, 90, 180), (128, 128, 128), (250, 250, 250), (9, 9, 9)]
+    file = BytesIO()
+    with av.open(file, "w", format="webm") as output:
+        stream = output.add_stream("libvpx-vp9", rate=30, options={"lossless": "1"})
+        stream.width, stream.height, stream.pix_fmt = 64, 48, "yuv420p"
+        stream.codec_context.colorspace, stream.codec_context.color_range = matrix, color_range
+        for number, color in enumerate(colors):
+            frame = av.VideoFrame.from_ndarray(np.full((48, 64, 3), color, np.uint8), format="rgb24")
+            frame = frame.reformat(format="yuv420p", dst_colorspace=matrix, dst_color_range=color_range)
+            frame.pts = number
+            output.mux(stream.encode(frame))
+        output.mux(stream.encode(None))
+    found = np.stack(list(dali.iter_frames(file.getvalue(), range(len(colors)))))
+    assert np.abs(found.astype(int) - np.array(colors)[:, None, None]).max() <= 4
+
+
+@pytest.mark.parametrize("options", [{}, {"quality": 40}, {"progressive": True}, {"subsampling": 0}])
+def test_images_are_those_of_the_other_decoder_on_the_cpu(dali, options):
+    for mode in ("RGB", "L"):
+        blob = encoded("JPEG", mode, **options)
+        found, expected = (decoder.read_image(blob, "keye_vl_1_5") for decoder in (dali, PYAV))
+        assert found.shape == expected.shape
+        assert np.abs(found.astype(int) - expected).max() <= (0 if no_gpu(dali) else 3)
+
+
+def test_a_bad_medium_spoils_none_after_it(dali, encode_clip):
+    picture, clip = encoded("JPEG"), encode_clip(**VP9)
+    for bad in (picture[:600], b"<html>" * 100, b"", b"ffconcat version 1.0\nfile clip.mp4\n"):
+        with pytest.raises(DataError):
+            dali.read_image(bad, "keye_vl_1_5")
+        with pytest.raises(DataError):
+            next(dali.iter_frames(bad, [0]))
+        with pytest.raises(DataError):
+            next(dali.iter_frames(clip[: len(clip) // 2], [0]))
+        assert dali.read_image(picture, "keye_vl_1_5").shape == (60, 80, 3)
+        assert len(list(dali.iter_frames(clip, WANTED))) == len(WANTED)
+
+
+def test_the_library_raises_for_what_it_cannot_decode_and_goes_on_anew(dali, encode_clip):
+    """As the decoder does it, without the checks before: the pipeline is of no use after an error."""
+    clip = encode_clip(**{**VP9, "container": "mp4"})
+    for bad in (clip[: len(clip) // 2], b"no clip"):
+        with pytest.raises(RuntimeError):
+            dali._videos(bad, [0])
+        assert dali._videos(clip, [3]).shape == (1, 96, 160, 3)
+    with pytest.raises(RuntimeError):
+        dali._videos(clip, [48])
+
+
+def test_h264_needs_a_gpu(dali, encode_clip):
+    if not no_gpu(dali):
+        pytest.skip("a GPU is here")
+    with pytest.raises(UnsupportedError, match="has h264 video.*data.media.decoder=pyav"):
+        next(dali.iter_frames(encode_clip(**BFRAMES), [0]))
+
+
+def test_a_server_with_dali_gives_what_is_made_here_and_says_what_it_cannot(dali, encode_clip, tmp_path):
+    from megatron_keye.io_server.decode import decode
+    from megatron_keye.io_server.pool import worker_command
+
+    (tmp_path / "clip").write_bytes(encode_clip(**VP9))
+    (tmp_path / "picture").write_bytes(encoded("JPEG"))
+    (tmp_path / "h264").write_bytes(encode_clip(**BFRAMES))
+    own = decoder_id(dali)
+    video = dict(height=96, width=160, sizes=((112, 168), (56, 84)), frames=WANTED, fast=(False, True) * 3 + (False,), decoder_id=own)
+    server = RunningServer(tmp_path, worker_command("dali"))
+    try:
+        assert server.front._decoder_id == own
+        for job in (job_for(tmp_path / "clip", **video), job_for(tmp_path / "picture", height=60, width=80, decoder_id=own)):
+            status, _, body = post(server.url, job)
+            blob = (tmp_path / job.path.rpartition("/")[2]).read_bytes()
+            assert status == 200, body
+            assert body == b"".join(patches.tobytes() for patches in decode(dali, job, blob))
+        if no_gpu(dali):
+            status, _, body = post(server.url, job_for(tmp_path / "h264", **video))
+            assert status == 422
+            assert b'"unsupported"' in body
+    finally:
+        server.close()
