@@ -1,4 +1,4 @@
-"""What a run would be, without starting anything: settings, layout, parameters per rank, and the first step's plan."""
+"""What a run would be, without starting anything: settings, layout, parameters per rank, first weights, and the first step's plan."""
 
 from megatron_keye.config.derive import num_replicas, padded_vocab_size, require_valid, stage_layers
 from megatron_keye.config.load import dump_config
@@ -14,13 +14,17 @@ from megatron_keye.plan.types import ReplicaPlan
 from megatron_keye.train.calibration import open_calibration
 from megatron_keye.train.inputs import require_windows_fit
 from megatron_keye.train.placement import Planner
+from megatron_keye.train.weight_origins import describe_origins, sources
 
 
 def describe(config: RunConfig, processes: int) -> str:
-    """The whole report. Raises SettingsError when the settings do not fit `processes`."""
+    """The whole report. Raises SettingsError when the settings do not fit `processes`, and CheckpointError where weights that the run
+    should start from are not there, damaged or of another model."""
     require_valid(config, processes)
-    parts = [dump_config(config).rstrip(), _layout(config, processes), _parameters(config), _first_plan(config, processes)]
-    return "\n\n".join(parts)
+    parts = [dump_config(config).rstrip(), _layout(config, processes), _parameters(config)]
+    if sources(config.model):
+        parts.append(describe_origins(config.model))
+    return "\n\n".join([*parts, _first_plan(config, processes)])
 
 
 def _layout(config: RunConfig, processes: int) -> str:

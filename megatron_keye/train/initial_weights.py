@@ -8,37 +8,21 @@ from torch import Tensor
 
 from megatron_keye.checkpoint.collective import on_first_rank
 from megatron_keye.checkpoint.convert import find_checkpoint
-from megatron_keye.checkpoint.hf_config import read_hf_config
 from megatron_keye.checkpoint.hf_weights import load_hf_weights
-from megatron_keye.checkpoint.identity import identity, stored_model
 from megatron_keye.checkpoint.load import load_weights
-from megatron_keye.checkpoint.manifest import identity_problems, read_manifest
 from megatron_keye.config.schema import ModelConfig, Module
 from megatron_keye.model.init import initial_tensor, no_tensor
 from megatron_keye.model.modules import MODULES, module_of
-from megatron_keye.model.tensors import canonical_shapes
 from megatron_keye.train.build import KeyeModel
-
-FRESH = "fresh"
-
-
-def sources(settings: ModelConfig) -> dict[Path, tuple[Module, ...]]:
-    """The modules that come from each folder. Those of none are drawn."""
-    chosen = settings.init_parts.model_dump()
-    found: dict[Path, tuple[Module, ...]] = {}
-    for module in MODULES:
-        place = chosen[module] or settings.init_from
-        if place is not None and place != FRESH:
-            found[Path(place)] = (*found.get(Path(place), ()), module)
-    return found
+from megatron_keye.train.weight_origins import counts, differences, fresh_modules, made_with, shapes_of, sources
 
 
 def drawing(settings: ModelConfig) -> Callable[..., Tensor]:
     """How the model of a run is filled before anything is loaded: drawing 8 billion numbers for nothing takes minutes."""
-    loaded = {module for modules in sources(settings).values() for module in modules}
+    fresh = fresh_modules(settings)
 
     def draw(name: str, shape: tuple[int, ...], std: float, seed: int) -> Tensor:
-        return (no_tensor if module_of(name) in loaded else initial_tensor)(name, shape, std, seed)
+        return (initial_tensor if module_of(name) in fresh else no_tensor)(name, shape, std, seed)
 
     return draw
 
@@ -54,7 +38,7 @@ def start_from_elsewhere(model: KeyeModel, optimizer: ChainedOptimizer | None) -
     notes = [note for path, modules in found.items() for note in _load(path, modules, model)]
     if found and optimizer is not None:
         optimizer.reload_model_params()
-    fresh = [module for module in MODULES if not any(module in modules for modules in found.values())]
+    fresh = fresh_modules(model.config.model)
     return [*notes, f"fresh weights: {', '.join(fresh)}"] if found and fresh else notes
 
 
@@ -63,22 +47,9 @@ def _load(path: Path, modules: tuple[Module, ...], model: KeyeModel) -> list[str
     pieces = [piece for piece in model.pieces() if module_of(piece.name) in modules]
     checkpoint = on_first_rank(world, lambda: find_checkpoint(path))
     if checkpoint is None:
-        shapes = {name: shape for name, shape in canonical_shapes(settings).items() if module_of(name) in modules}
-        load_hf_weights(path, pieces, shapes, world, lambda name: _counts(name, modules))
+        load_hf_weights(path, pieces, shapes_of(settings, modules), world, lambda name: counts(name, modules))
     else:
         load_weights(checkpoint, pieces, world)
-    made_with = on_first_rank(world, lambda: _model_of(path, checkpoint))
-    differences = identity_problems(identity(made_with, ""), identity(settings, ""))
-    if len(modules) == len(MODULES):
-        return [f"the weights come from {path}", *differences]
-    sections = {"decoder" if module == "embedding" else module for module in modules}
-    return [f"the weights of {', '.join(modules)} come from {path}", *(text for text in differences if text.split(".")[0] in sections)]
-
-
-def _counts(name: str, modules: tuple[Module, ...]) -> bool:
-    """Whether a tensor in a folder has to be one of `modules`: every one has to, known or not, where all are loaded."""
-    return len(modules) == len(MODULES) or module_of(name) in modules
-
-
-def _model_of(path: Path, checkpoint: Path | None) -> ModelConfig:
-    return read_hf_config(path) if checkpoint is None else stored_model(checkpoint, read_manifest(checkpoint))
+    notes = differences(on_first_rank(world, lambda: made_with(path)), settings, modules)
+    which = "weights" if len(modules) == len(MODULES) else f"weights of {', '.join(modules)}"
+    return [f"the {which} come from {path}", *notes]

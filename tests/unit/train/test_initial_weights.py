@@ -8,7 +8,8 @@ import torch
 from megatron_keye.model.init import initial_tensor
 from megatron_keye.model.modules import module_of
 from megatron_keye.model.tensors import canonical_shapes
-from megatron_keye.train.initial_weights import drawing, sources
+from megatron_keye.train.initial_weights import drawing
+from megatron_keye.train.weight_origins import sources
 from tests.unit.checkpoint.hf_folder import small_model
 
 EXAMPLES = [
