@@ -20,6 +20,7 @@ from megatron_keye.plan.ledger import CHAIN_START, SourceCounts
 from megatron_keye.train import checkpointing
 from megatron_keye.train.calibration import COSTS, FLOPS
 from megatron_keye.train.consensus import failing_together, from_all_ranks, said_once
+from megatron_keye.train.decoders import DECODER, decoder_notes
 from megatron_keye.train.initial_weights import start_from_elsewhere
 from megatron_keye.train.inputs import Inputs
 from megatron_keye.train.ledger import LedgerWriter, rules_of
@@ -34,9 +35,10 @@ class History:
     """Of one run, on this rank. After `resume`, it has the `mixture` that the run goes on with, the main rank's `ledger` (None on other
     ranks), the `counts` of what was taken from each source so far, and `notes` for people. `remaps` say what was due where data changed."""
 
-    def __init__(self, config: RunConfig, run_dir: RunDir, runtime: Runtime, inputs: Inputs, costs: str):
-        """`costs` is the version of the costs that placement goes by."""
-        self._config, self._run_dir, self._runtime, self._inputs, self._costs = config, run_dir, runtime, inputs, costs
+    def __init__(self, config: RunConfig, run_dir: RunDir, runtime: Runtime, inputs: Inputs, costs: str, decoder: str):
+        """`costs` is the version of the costs that placement goes by, `decoder` the id of what makes pixels."""
+        self._config, self._run_dir, self._runtime, self._inputs = config, run_dir, runtime, inputs
+        self._costs, self._decoder = costs, decoder
         self.mixture = inputs.train.mixture(config.data, config.train.seed)
         self.remaps = Remaps(run_dir)
         self.ledger: LedgerWriter | None = None
@@ -50,7 +52,8 @@ class History:
     def resume(self, step: TrainStep) -> Cursor:
         """Fill the model and optimizer of `step` from the newest good checkpoint, if there is one; where to go on. All ranks must call it.
 
-        Raises CheckpointError and LedgerError where the run cannot go on exactly from what is there.
+        Raises CheckpointError and LedgerError where the run cannot go on exactly from what is there, SettingsError where other pixels
+        would follow and the settings do not allow it.
         """
         with said_once(self._runtime.groups.world, self._runtime.device):
             loaded = checkpointing.resume(self._run_dir.checkpoints, step.model, step.optimizer, self._inputs.tokenizer.fingerprint)
@@ -79,7 +82,7 @@ class History:
             if self.ledger is not None:
                 self.ledger.flush()
         state = ResumeState(cursor, self.mixture.since(cursor.progress.base))
-        versions = {"megatron_keye": megatron_keye.__version__, "torch": torch.__version__, COSTS: self._costs}
+        versions = {"megatron_keye": megatron_keye.__version__, "torch": torch.__version__, COSTS: self._costs, DECODER: self._decoder}
         # The main rank's record is the one that is written.
         chain = CHAIN_START if self.ledger is None else self.ledger.chain
         record = RunRecord(cursor.step, state.to_json(), dump_config(self._config), chain, versions)
@@ -125,6 +128,8 @@ class History:
     def _go_on(self, loaded: Loaded) -> Cursor:
         self._loaded_from = loaded.path
         self.notes = [f"passed over a damaged checkpoint: {problem}" for problem in loaded.passed_over]
+        is_mixing_allowed = self._config.data.media.allow_mixed_decoders
+        self.notes += decoder_notes(loaded.run.versions.get(DECODER), self._decoder, is_mixing_allowed)
         if loaded.fresh_moments:
             self.notes.append(f"newly trained, with fresh optimizer state: {', '.join(loaded.fresh_moments)}")
         if loaded.run.versions.get(COSTS, FLOPS) != self._costs:

@@ -2,6 +2,7 @@
 
 from megatron_keye.config.schema import RunConfig
 from megatron_keye.data.loader import ReplicaLoader
+from megatron_keye.data.media.decoder import decoder_id, open_decoder
 from megatron_keye.data.mixture import MixedDataset
 from megatron_keye.data.sources import Source, ThreadSource
 from megatron_keye.data.workers import DecodeWorkers, SampleSet, WorkerSource
@@ -12,8 +13,10 @@ class Loading:
     """Worker processes and the connection to I/O servers, as the settings say. `sets` are (location, data set)."""
 
     def __init__(self, config: RunConfig, sets: list[tuple[str, MixedDataset]], pad_id: int):
-        """Raises SettingsError for settings of servers that cannot be used."""
+        """Raises SettingsError for settings of servers that cannot be used, and a decoder that is not installed."""
         self._data, self._pad_id = config.data, pad_id
+        self.decoder_id = decoder_id(open_decoder(config.data.media.decoder))
+        """Of all pixels, wherever they are made: a server with another one is not asked."""
         self._sets = [dataset for _, dataset in sets]
         self.media = connect(config.data)
         self.workers = None

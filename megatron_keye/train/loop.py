@@ -15,8 +15,9 @@ from megatron_keye.plan.cursor import Cursor
 from megatron_keye.plan.mixture import Mixture
 from megatron_keye.train.build import build_model, build_optimizer
 from megatron_keye.train.calibration import costs_version, open_calibration, require_same_device, require_same_everywhere
-from megatron_keye.train.consensus import failing_together, said_once
+from megatron_keye.train.consensus import failing_together, from_all_ranks, said_once
 from megatron_keye.train.control import Control, Requests
+from megatron_keye.train.decoders import one_decoder
 from megatron_keye.train.feed import Feed
 from megatron_keye.train.history import History
 from megatron_keye.train.initial_weights import drawing
@@ -47,11 +48,13 @@ class Training:
             self._loading = start_loading(self.inputs, config) if runtime.groups.is_leader else None
         with said_once(runtime.groups.world, runtime.device):
             require_same_everywhere(calibration, runtime.groups.world)
+            ids = from_all_ranks([] if self._loading is None else [self._loading.decoder_id], runtime.groups.world)
+            decoder = one_decoder(ids, config.data.media.allow_mixed_decoders)
             self.model = build_model(config, runtime.groups, runtime.device, draw=drawing(config.model))
             self._transport, self._transport_note = open_transport(config.data.transport, runtime.groups.replica, runtime.device)
         self.step = TrainStep(self.model, build_optimizer(self.model))
         self.planner = Planner(config, runtime.groups.grid.dp, None if calibration is None else calibration.time_model)
-        self.history = History(config, run_dir, runtime, self.inputs, costs_version(calibration))
+        self.history = History(config, run_dir, runtime, self.inputs, costs_version(calibration), decoder)
         self._saved_at_s = time.monotonic()
 
     def run(self) -> None:
