@@ -9,19 +9,18 @@ chunks of one window of blocks, in chunks.
 
 import argparse
 import json
-import re
 import tempfile
 import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks import http_folder
 from benchmarks.shard_sets import VARIANT, config_for, kept_set
 from megatron_keye.config.schema import RunConfig
 from megatron_keye.data.mixture import open_samples
@@ -68,37 +67,24 @@ def serving(folder: Path, latency_s: float) -> Iterator[tuple[str, Traffic]]:
     """A server of the files of `folder` that pauses before each answer: its URL, and what it was asked for."""
     traffic, lock = Traffic(), threading.Lock()
 
-    class Handler(BaseHTTPRequestHandler):
-        protocol_version = "HTTP/1.1"
-        disable_nagle_algorithm = True  # else each answer, which is written in two parts, waits 40 ms for an acknowledgement
-
+    class FolderHandler(http_folder.Handler):
         def do_GET(self) -> None:
             time.sleep(latency_s)
             blob = (folder / self.path[1:]).read_bytes()
-            wanted = re.fullmatch(r"bytes=(\d+)-(\d+)", self.headers.get("Range", ""))
-            begin, end = (int(wanted[1]), min(int(wanted[2]) + 1, len(blob))) if wanted else (0, len(blob))
+            wanted = self.asked_range()
+            begin, last = wanted or (0, None)
+            end = len(blob) if last is None else min(last + 1, len(blob))
             if wanted and self.path.endswith(".tar"):
                 with lock:
                     traffic.ranges.append((self.path, begin, end))
-            self.send_response(206 if wanted else 200)
-            self.send_header("Content-Length", str(end - begin))
             if wanted:
-                self.send_header("Content-Range", f"bytes {begin}-{end - 1}/{len(blob)}")
-            self.end_headers()
+                self.send_head(206, end - begin, Content_Range=f"bytes {begin}-{end - 1}/{len(blob)}")
+            else:
+                self.send_head(200, len(blob))
             self.wfile.write(blob[begin:end])
 
-        def log_message(self, *arguments) -> None:
-            pass
-
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    thread = threading.Thread(target=server.serve_forever)
-    thread.start()
-    try:
-        yield f"http://127.0.0.1:{server.server_port}", traffic
-    finally:
-        server.shutdown()
-        thread.join()
-        server.server_close()
+    with http_folder.serving(FolderHandler) as url:
+        yield url, traffic
 
 
 def run(config: RunConfig, traffic: Traffic, steps: int) -> Reads:

@@ -4,8 +4,9 @@ import re
 import threading
 import time
 from contextlib import contextmanager
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+
+from benchmarks import http_folder
 
 
 class Faults:
@@ -36,24 +37,18 @@ class Faults:
         return [request for request in self.requests if request[2] is not None]
 
 
-def handler(folder: Path, faults: Faults):
-    class Handler(BaseHTTPRequestHandler):
-        protocol_version = "HTTP/1.1"
-        disable_nagle_algorithm = True  # else each answer, which is written in two parts, waits 40 ms for an acknowledgement
-
+def handler(folder: Path, faults: Faults) -> type[http_folder.Handler]:
+    class Handler(http_folder.Handler):
         def do_HEAD(self):
             self._answer("HEAD")
 
         def do_GET(self):
             self._answer("GET")
 
-        def log_message(self, *args):
-            pass
-
         def _answer(self, method):
-            asked = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", ""))
+            asked = self.asked_range()
             with faults.lock:
-                faults.requests.append((method, self.path, int(asked[1]) if asked else None))
+                faults.requests.append((method, self.path, asked[0] if asked else None))
                 is_wrong = re.search(faults.pattern, self.path) is not None
                 fails = is_wrong and faults.fail_first > 0
                 faults.fail_first -= fails
@@ -63,26 +58,22 @@ def handler(folder: Path, faults: Faults):
             if fails:
                 return self._send(faults.status, b"not now")
             if self.path in faults.redirects:
-                return self._send(302, b"", location=faults.redirects[self.path])
+                return self._send(302, b"", Location=faults.redirects[self.path])
             path = folder / self.path.lstrip("/")
             if not path.is_file():
                 return self._send(404, b"no such file")
             body, status = path.read_bytes(), 200
             if asked and not (is_wrong and faults.ignore_ranges):
-                first, last = int(asked[1]), int(asked[2] or len(body) - 1)
+                first, last = asked
                 if first >= len(body):
                     return self._send(416, b"")
-                body, status = body[first : last + 1], 206
+                body, status = body[first : None if last is None else last + 1], 206
             if is_wrong and faults.short_bytes:
                 body = body[: -faults.short_bytes]
             self._send(status, body, cut=is_wrong and faults.truncate)
 
-        def _send(self, status, body, cut=False, location=None):
-            self.send_response(status)
-            self.send_header("Content-Length", str(len(body)))
-            if location is not None:
-                self.send_header("Location", location)
-            self.end_headers()
+        def _send(self, status, body, cut=False, **headers):
+            self.send_head(status, len(body), **headers)
             if self.command == "GET":
                 half = len(body) // 2
                 self.wfile.write(body[:half])
@@ -97,12 +88,5 @@ def handler(folder: Path, faults: Faults):
 def serving(folder: Path):
     """(URL, faults) of a server of the files below `folder`."""
     faults = Faults()
-    server = ThreadingHTTPServer(("127.0.0.1", 0), handler(folder, faults))
-    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True)
-    thread.start()
-    try:
-        yield f"http://127.0.0.1:{server.server_address[1]}", faults
-    finally:
-        server.shutdown()
-        server.server_close()
-        thread.join()
+    with http_folder.serving(handler(folder, faults)) as url:
+        yield url, faults

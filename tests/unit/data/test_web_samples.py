@@ -173,6 +173,18 @@ def test_a_wrong_answer_is_not_kept(web, tokenizer):
     assert dataset.pixels(sample)
 
 
+def test_a_medium_that_was_indexed_anew_is_fetched_anew(web, tokenizer):
+    web.index()
+    before = web.open(tokenizer)
+    sample, file = with_picture(before)
+    before.pixels(sample)
+    other_picture(web.media / file)
+    web.index()
+    after = web.open(tokenizer)
+    assert [patches.shape[0] for patches in after.pixels(sample)] == [s.grid.num_patches for s in after.shape(sample).segments]
+    assert after.shape(sample) != before.shape(sample)
+
+
 def test_the_checksum_in_the_ledger_follows_media_at_web_addresses(web, tokenizer):
     web.index()
     before = web.open(tokenizer)
