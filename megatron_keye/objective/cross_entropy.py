@@ -28,15 +28,15 @@ class _VocabParallelNll(torch.autograd.Function):
         # At least one row is real on every rank: padding to a multiple of TP adds fewer than TP rows.
         real_rows = min(logits_TV.shape[1], vocab_size - first_row)
         logits = logits_TV[:, :real_rows]
-        logits = logits if logits.dtype == torch.float64 else logits.float()
         largest = logits.amax(dim=1)
+        largest = largest if largest.dtype == torch.float64 else largest.float()
         if tp.size() > 1:
             dist.all_reduce(largest, op=dist.ReduceOp.MAX, group=tp)
-        shifted = logits - largest[:, None]
+        shifted = logits - largest[:, None]  # in the precision of `largest`, without a copy of the logits in it
         is_mine = (labels_T >= first_row) & (labels_T < first_row + real_rows)
         my_labels = torch.where(is_mine, labels_T - first_row, 0)
         picked = shifted.gather(1, my_labels[:, None]).squeeze(1)
-        exponentials = shifted.exp()
+        exponentials = shifted.exp_()
         sums = torch.stack((exponentials.sum(dim=1), torch.where(is_mine, picked, 0)))
         if tp.size() > 1:
             dist.all_reduce(sums, group=tp)
@@ -48,9 +48,11 @@ class _VocabParallelNll(torch.autograd.Function):
     @staticmethod
     def backward(ctx, gradient_T):
         probabilities, is_mine, my_labels = ctx.saved_tensors
-        shape, dtype = ctx.shape_and_dtype
-        gradient = probabilities * gradient_T[:, None]
-        gradient.scatter_add_(1, my_labels[:, None], (-gradient_T * is_mine)[:, None].to(gradient.dtype))
-        full = gradient.new_zeros(shape, dtype=dtype)
-        full[:, : gradient.shape[1]] = gradient
-        return full, None, None, None
+        (num_tokens, num_rows), dtype = ctx.shape_and_dtype
+        real_rows, labels = probabilities.shape[1], my_labels[:, None]
+        at_labels = (probabilities.gather(1, labels).squeeze(1) - is_mine.to(probabilities.dtype)) * gradient_T
+        gradient = probabilities.new_empty((num_tokens, num_rows), dtype=dtype)
+        torch.mul(probabilities, gradient_T[:, None], out=gradient[:, :real_rows])
+        gradient[:, :real_rows].scatter_(1, labels, at_labels[:, None].to(dtype))
+        gradient[:, real_rows:] = 0
+        return gradient, None, None, None
