@@ -2,8 +2,9 @@
 
 A chat is `{"id", "messages": [{"role", "content"}]}`, a document `{"id", "document"}`; content and document are a string or a
 list of parts: `{"type": "text", "text"}`, `{"type": "image", "image"}`, `{"type": "video", "video"}`. A medium is a path
-(relative to the JSONL file), a web address, which is fetched when shards are written, a base64 data URI, or, inside a shard,
-`"member"`: the name of a file beside the record.
+(relative to the JSONL file), a base64 data URI, a web address, or, inside a shard, `"member"`: the name of a file beside the record. What
+is at a web address is fetched when shards are written, or stays there: then indexing and training fetch it. `"sha256"` of a medium, if
+given, is held by whoever reads it.
 
 Media stand where their parts stand. If a text of the same message holds placeholders (`<image>`, `<video>`, or those of the
 released template), the media fill these instead, in order; `"images"` and `"videos"` lists of the record do so throughout.
