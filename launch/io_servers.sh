@@ -27,8 +27,8 @@ example:
 
 end them: scancel -n keye-io
 
-Servers for one run alone, in the same job: launch/train.sh --io-nodes N. Without --io-nodes, the loss of a server node never
-disturbs a run; a heterogeneous job with one server node is started again as a whole when that node is lost.
+Servers for one run alone, in the same job: launch/train.sh --io-nodes N. That heterogeneous job goes back to the queue as a
+whole when it loses a server node; servers of this script never disturb a run.
 HELP
 }
 

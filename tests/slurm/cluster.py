@@ -44,8 +44,8 @@ def missing() -> list[str]:
 class Cluster:
     """`with Cluster(folder) as cluster:` is up inside the block. Nodes are called gpu1, gpu2, ... and io1, io2, ..."""
 
-    def __init__(self, folder: Path, gpu_nodes: int = 2, gpus: int = 1, io_nodes: int = 0):
-        self.folder, self._gpus = folder, gpus
+    def __init__(self, folder: Path, gpu_nodes: int = 2, gpus: int = 1, io_nodes: int = 0, slurmd_timeout_s: int = 10):
+        self.folder, self._gpus, self._slurmd_timeout_s = folder, gpus, slurmd_timeout_s
         self.gpu_nodes = [f"gpu{i + 1}" for i in range(gpu_nodes)]
         self.io_nodes = [f"io{i + 1}" for i in range(io_nodes)]
         self.nodes = [*self.gpu_nodes, *self.io_nodes]
@@ -85,9 +85,7 @@ class Cluster:
 
     def wait_until_idle(self) -> None:
         """All nodes answer and nothing runs on them."""
-        _wait_for(
-            lambda: sorted(self.run("sinfo", "-hN", "-t", "idle", "-o", "%N", check=False).split()) == sorted(self.nodes), "idle nodes"
-        )
+        _wait_for(lambda: set(self.run("sinfo", "-hN", "-t", "idle", "-o", "%N", check=False).split()) == set(self.nodes), "idle nodes")
 
     def job(self, job: str, field: str) -> str:
         """One field of `scontrol show job`."""
@@ -173,7 +171,7 @@ class Cluster:
                 device.symlink_to("/dev/null")
         gres = f"NodeName={','.join(self.gpu_nodes)} Name=gpu File={self.folder}/dev/nvidia[0-{self._gpus - 1}]\n"
         (self.folder / "gres.conf").write_text(f"AutoDetect=off\n{gres}")
-        (self.folder / "slurm.conf").write_text(slurm_conf(self.folder, addresses, self._gpus))
+        (self.folder / "slurm.conf").write_text(slurm_conf(self.folder, addresses, self._gpus, self._slurmd_timeout_s))
 
 
 def munge_options(folder: Path) -> list[str]:
@@ -181,19 +179,21 @@ def munge_options(folder: Path) -> list[str]:
     return [f"--{option}={folder / name}" for option, name in files.items()]
 
 
-def slurm_conf(folder: Path, addresses: dict[str, str], gpus: int) -> str:
-    """Short times everywhere: a lost node is noticed in 10 s, a requeued job may start after 6 s."""
+def slurm_conf(folder: Path, addresses: dict[str, str], gpus: int, slurmd_timeout_s: int) -> str:
+    """Short times: a requeued job may start after 6 s."""
     nodes = "".join(
         f"NodeName={node} NodeHostname={node} NodeAddr={address} Port={17000 + i} CPUs={CPUS} RealMemory=8000 State=UNKNOWN"
         f"{f' Gres=gpu:{gpus}' if node.startswith('gpu') else ''}\n"
         for i, (node, address) in enumerate(addresses.items())
     )
     partitions = "".join(
-        f"PartitionName={name} Nodes={','.join(members)} Default={default} MaxTime=INFINITE State=UP\n"
-        for name, default in (("gpu", "YES"), ("io", "NO"))
-        if (members := [node for node in addresses if node.startswith(name)])
+        f"PartitionName={name} Nodes={','.join(members)} MaxTime=INFINITE State=UP {options}\n"
+        for name, kind, options in (("gpu", "gpu", "Default=YES"), ("urgent", "gpu", "PriorityTier=2"), ("io", "io", ""))
+        if (members := [node for node in addresses if node.startswith(kind)])
     )
     return f"""ClusterName=test
+PreemptType=preempt/partition_prio
+PreemptMode=CANCEL
 SlurmctldHost=login(127.0.0.1)
 SlurmUser=root
 SlurmdUser=root
@@ -215,7 +215,7 @@ SlurmdParameters=config_overrides
 SchedulerType=sched/backfill
 SchedulerParameters=bf_interval=1,sched_interval=2,sched_min_interval=0,batch_sched_delay=0,bf_min_age_reserve=0
 KillWait=30
-SlurmdTimeout=10
+SlurmdTimeout={slurmd_timeout_s}
 InactiveLimit=0
 MinJobAge=600
 CompleteWait=0

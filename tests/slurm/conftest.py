@@ -97,12 +97,17 @@ class Drill:
             time.sleep(0.05)
 
     def wait_for_end_of(self, job: str) -> None:
-        ended = ("COMPLETED", "CANCELLED", "FAILED", "TIMEOUT", "NODE_FAIL")
+        ended = ("COMPLETED", "CANCELLED", "FAILED", "TIMEOUT", "NODE_FAIL", "PREEMPTED")
         self.wait_until(lambda: self.cluster.job(job, "JobState").startswith(ended), f"the end of job {job}")
 
     def log(self) -> str:
         path = self.run_dir.path / "train.log"
         return path.read_text() if path.exists() else "(no log)"
+
+    def ranks_on(self, node: str) -> list[int]:
+        """Process ids."""
+        launchers = self.cluster.processes(node, "run_ranks.py")
+        return [pid for pid in self.cluster.processes(node, "megatron_keye.train.cli train") if pid not in launchers]
 
     def attempts(self) -> list[Attempt]:
         return Journal(self.run_dir.path).attempts()

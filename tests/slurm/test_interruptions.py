@@ -1,6 +1,7 @@
 """A run that is told to end, by people and by SLURM, against one that was left alone."""
 
 import os
+import re
 import signal
 
 import pytest
@@ -14,11 +15,16 @@ def test_a_run_that_nothing_happens_to(drill: Drill, undisturbed):
     job = drill.submit()
     drill.wait_for_step(1)
     assert f"is already in job {job}" in drill.launch()
+    assert re.search(rf"run .* {job} .* running ", drill.run_script("status.sh", drill.run_dir.path))
     drill.wait_for_end_of(job)
     assert drill.cluster.job(job, "ExitCode") == "0:0"
     assert drill.causes() == ["done"]
     drill.assert_like(undisturbed)
     assert "is complete" in drill.launch()
+    kept = ("config.yaml", "job.json", "revision", "changes.diff", *(f"attempts/0001/{name}" for name in ("hosts", "environment")))
+    assert all((drill.run_dir.path / name).exists() for name in kept)
+    logs = drill.run_dir.path.glob("attempts/0001/ranks/*/*/attempt_0/0/stderr.log")
+    assert sorted(log.parents[3].name for log in logs) == ["gpu1", "gpu2"], "a log of each rank"
 
 
 def test_scancel_saves_and_the_same_command_goes_on(drill: Drill, undisturbed):
@@ -70,19 +76,44 @@ def test_requeue(drill: Drill, undisturbed):
     drill.assert_like(undisturbed)
 
 
+@pytest.mark.slow
+def test_preemption_that_cancels(drill: Drill, undisturbed):
+    """PreemptMode=CANCEL without GraceTime: SLURM ends the job as `scancel` does, and does not start it again."""
+    job = drill.submit()
+    drill.wait_for_step(30)
+    drill.cluster.run("sbatch", "--partition=urgent", "--nodes=2", "--exclusive", "--wrap", "true")
+    drill.wait_until(lambda: drill.causes() == ["cancelled"], "the end of the attempt")
+    (ending,) = drill.endings()
+    assert ending.saved_step == ending.last_step >= 30, "it saved where it was"
+    drill.wait_for_end_of(job)
+    assert drill.cluster.job(job, "JobState") == "PREEMPTED"
+    drill.submit()
+    drill.wait_until_done()
+    drill.assert_like(undisturbed)
+
+
+@pytest.mark.slow
+def test_everything_is_killed_without_warning(drill: Drill, undisturbed):
+    """The supervisor too: nobody is left to save or to requeue, and the same command goes on from the last save."""
+    job = drill.submit()
+    drill.wait_for_step(30)
+    drill.cluster.run("scancel", "--full", "--signal=KILL", job)
+    drill.wait_for_end_of(job)
+    assert drill.causes() == []
+    drill.submit()
+    drill.wait_until(lambda: drill.causes() == ["vanished", "done"], "the end")
+    drill.assert_little_lost()
+    drill.assert_like(undisturbed)
+
+
 @pytest.mark.parametrize("rank", [0, 1])
 def test_a_rank_is_killed(drill: Drill, undisturbed, rank):
     job = drill.submit()
     drill.wait_for_step(30)
-    (worker,) = ranks_on(drill, f"gpu{rank + 1}")
+    (worker,) = drill.ranks_on(f"gpu{rank + 1}")
     os.kill(worker, signal.SIGKILL)
     drill.wait_for_end_of(job)
     assert drill.causes() == ["crash", "done"]
     assert drill.endings()[0].culprit == f"gpu{rank + 1}"
     drill.assert_little_lost()
     drill.assert_like(undisturbed)
-
-
-def ranks_on(drill: Drill, node: str) -> list[int]:
-    launchers = drill.cluster.processes(node, "run_ranks.py")
-    return [pid for pid in drill.cluster.processes(node, "megatron_keye.train.cli train") if pid not in launchers]

@@ -1,4 +1,4 @@
-"""Runs with I/O servers, in a job of their own or in the run's, that are lost with their nodes."""
+"""What uses CPU nodes: I/O servers, in a job of their own or in the run's, that are lost with their nodes; conversion and evaluation."""
 
 import json
 import re
@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from tests.slurm.cluster import Cluster
-from tests.slurm.conftest import Drill
+from tests.slurm.conftest import ROOT, Drill
 
 pytestmark = pytest.mark.slurm
 
@@ -80,24 +80,30 @@ def test_a_run_brings_its_io_servers_with_it(drill: Drill, undisturbed):
 
 
 @pytest.mark.slow
-def test_the_only_server_node_of_a_heterogeneous_job_is_lost(drill: Drill):
+@pytest.mark.parametrize("io_nodes", [1, 2])
+def test_a_server_node_of_a_heterogeneous_job_is_lost(drill: Drill, io_nodes):
     """SLURM starts the whole job again: the ranks save, as they do before any requeue."""
-    drill.submit("--io-nodes", "1", "--set", "train.steps=100000")
+    job = drill.submit("--io-nodes", str(io_nodes), "--set", "train.steps=100000")
     drill.wait_for_step(30)
     drill.cluster.crash("io1")
     drill.wait_until(lambda: drill.causes() == ["requeued"], "the requeue")
     (ending,) = drill.endings()
     assert ending.saved_step == ending.last_step
+    drill.cluster.boot("io1")
     drill.wait_until(lambda: len(drill.attempts()) == 2, "the next attempt")
     assert drill.attempts()[1].first_step == ending.last_step
+    assert drill.attempts()[1].job == job
 
 
 @pytest.mark.slow
-def test_one_of_two_server_nodes_of_a_heterogeneous_job_is_lost(drill: Drill):
-    """SLURM takes the node from the job, and the run goes on as if nothing had happened."""
-    job = drill.submit("--io-nodes", "2", "--set", "train.steps=100000")
-    drill.wait_for_step(30)
-    drill.cluster.crash("io1")
-    drill.wait_until(lambda: drill.cluster.job(str(int(job) + 1), "NodeList") == "io2", "the loss")
-    drill.wait_for_step(drill.num_steps() + 20)
-    assert drill.causes() == []
+def test_evaluation_and_conversion_as_jobs(drill: Drill, undisturbed, tmp_path):
+    def run(script: str, *arguments: str | Path) -> str:
+        in_folder = ("bash", "-ec", 'cd "$1"; shift; "$@"', "bash", tmp_path)
+        said = drill.cluster.run(*in_folder, ROOT / "launch" / script, *arguments, environment={"KEYE_SITE": str(drill.site)})
+        drill.wait_for_end_of(job := said.strip())
+        (log,) = tmp_path.glob(f"*-{job}.log")
+        assert drill.cluster.job(job, "JobState") == "COMPLETED", log.read_text()
+        return log.read_text()
+
+    assert "loss" in run("eval.sbatch", "--run-dir", undisturbed.path)
+    assert "step" in run("convert.sbatch", "inspect", undisturbed.path)

@@ -24,14 +24,18 @@ def sbatch_command(job: Job, exclude: Iterable[str] = (), after: str | None = No
     """Submits one job. Everything else about it lies in the run directory.
 
     `--signal=B:` reaches the supervisor alone: torchrun would die of it. `--no-kill` leaves the job to the supervisor when a node is
-    lost. Output of all attempts is appended to one file, in a folder that exists before the job starts. With nodes for I/O servers it is
-    a heterogeneous job: the supervisor runs in its first component, and SLURM starts, requeues and ends both together.
+    lost. Output of all attempts is appended to one file, in a folder that exists before the job starts.
+
+    With nodes for I/O servers it is a heterogeneous job, whose first component the supervisor runs in. SLURM starts, requeues and ends
+    both together, also when any node is lost. Not with `--no-kill`: when the second component loses its last node, SLURM 22.05 then
+    requeues that component alone, starts the batch script a second time beside the first, drains the node and holds the job.
     """
     launch = Path(job.root) / "launch"
     return [
         "sbatch", "--parsable", f"--job-name={job.name}", f"--nodes={job.nodes + job.spare_nodes}", "--ntasks-per-node=1",
         f"--cpus-per-task={job.site.cpus_per_node}", *_gpus(job), *_given(job.site, "partition", "account", "qos"),
-        f"--time={job.time_limit}", f"--signal=B:USR1@{job.lead_s}", "--requeue", "--no-kill", "--open-mode=append",
+        f"--time={job.time_limit}", f"--signal=B:USR1@{job.lead_s}", "--requeue", *([] if job.io_nodes else ["--no-kill"]),
+        "--open-mode=append",
         f"--output={job.run_dir}/train.log", f"--chdir={job.root}", f"--comment={job.run_dir}",
         *_excluding(exclude), *([f"--dependency=afterok:{after}", "--kill-on-invalid-dep=yes"] if after else []), *job.site.sbatch_options,
         *_io_component(job), str(launch / "train.sbatch"), job.root, job.run_dir,
@@ -191,13 +195,12 @@ def _gpus(job: Job) -> list[str]:
 
 
 def _io_component(job: Job) -> list[str]:
-    """With `--no-kill`, the job survives the loss of one of several server nodes, though not of the only one."""
     if not job.io_nodes:
         return []
     return [
         ":", f"--job-name={job.name}", f"--nodes={job.io_nodes}", "--ntasks-per-node=1", f"--cpus-per-task={job.site.io_cpus}",
         "--exclusive", *_given(replace(job.site, partition=job.site.io_partition), "partition", "account", "qos"),
-        f"--time={job.time_limit}", "--requeue", "--no-kill",
+        f"--time={job.time_limit}", "--requeue",
     ]  # fmt: skip
 
 

@@ -42,9 +42,10 @@ def test_sbatch_with_io_servers():
     command = sbatch_command(WITH_SERVERS, exclude=["n7"], after="41")
     first, second = command[: command.index(":")], command[command.index(":") + 1 :]
     assert {"--gpus-per-node=8", "--signal=B:USR1@300", "--comment=/shared/runs/8b", "--exclude=n7", "--partition=gpu"} < set(first)
+    assert "--no-kill" not in command
     assert second == [
         "--job-name=keye-8b", "--nodes=4", "--ntasks-per-node=1", "--cpus-per-task=32", "--exclusive", "--partition=cpu", "--account=lab",
-        "--time=1:00:00", "--requeue", "--no-kill", "/shared/keye/launch/train.sbatch", "/shared/keye", "/shared/runs/8b",
+        "--time=1:00:00", "--requeue", "/shared/keye/launch/train.sbatch", "/shared/keye", "/shared/runs/8b",
     ]  # fmt: skip
 
 
