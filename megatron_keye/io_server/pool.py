@@ -8,13 +8,13 @@ import sys
 from collections import Counter
 from contextlib import suppress
 from dataclasses import dataclass
-from pathlib import Path
 
 from megatron_keye.config.schema import DecoderName
 from megatron_keye.data import messages
 from megatron_keye.data.limits import WORKER_ENVIRONMENT
 from megatron_keye.data.slabs import Slab
 from megatron_keye.errors import KeyeError
+from megatron_keye.io_server.blobs import DiskCache
 from megatron_keye.io_server.protocol import Refused
 from megatron_keye.io_server.worker import WorkerLimits
 
@@ -44,10 +44,12 @@ class PoolSettings:
     num_workers: int
     queue_jobs: int
     """Jobs that may wait for a worker."""
-    roots: tuple[Path, ...]
+    roots: tuple[str, ...]
+    """Folders and URLs."""
     limits: WorkerLimits
     command: tuple[str, ...]
     """Program that calls `worker.main`, with its first arguments."""
+    disk: DiskCache | None = None
 
 
 class Worker:
@@ -65,7 +67,8 @@ class Worker:
         ours, theirs = socket.socketpair()
         ours.setblocking(False)
         limits = settings.limits
-        arguments = (str(theirs.fileno()), str(limits.memory_bytes), str(limits.decode_s), *map(str, settings.roots))
+        disk = ("", "0") if settings.disk is None else (str(settings.disk.folder), str(settings.disk.limit_bytes))
+        arguments = (str(theirs.fileno()), str(limits.memory_bytes), str(limits.decode_s), *disk, *settings.roots)
         environment = os.environ | WORKER_ENVIRONMENT
         with theirs:
             process = await asyncio.create_subprocess_exec(
@@ -106,7 +109,7 @@ class Worker:
 
 
 class WorkerPool:
-    """`counts` are events by name, for metrics: jobs, started, crashed, lost, timeout, oom, cancelled."""
+    """`counts` are events by name, for metrics: jobs, started, crashed, lost, timeout, oom, cancelled, from_disk."""
 
     def __init__(self, settings: PoolSettings):
         self._settings = settings
@@ -192,6 +195,7 @@ class WorkerPool:
         finally:
             self.running -= 1
             self.counts["oom"] += int(reply.get("error") == "oom")
+            self.counts["from_disk"] += int(reply.get("from_disk", False))
             if not reply or reply.get("error") == "oom" or worker.jobs >= JOBS_PER_WORKER:
                 self._lose(worker)
             else:

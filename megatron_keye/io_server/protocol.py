@@ -68,7 +68,7 @@ class DecodeJob(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
     path: Annotated[str, Field(min_length=1, max_length=4096)]
-    """Absolute path of a shard or a media file, as the server sees it."""
+    """Absolute path of a shard or a media file, as the server sees it, or its URL."""
     offset: Count
     num_bytes: Annotated[int, Field(gt=0, lt=1 << 62)]
     """The bytes of `path` that are the medium."""

@@ -18,6 +18,7 @@ from megatron_keye.data.stored import StoredMedium
 from megatron_keye.errors import DataError, KeyeError, SettingsError
 from megatron_keye.io_server.attempts import Timeouts
 from megatron_keye.io_server.auth import load_secret
+from megatron_keye.io_server.blobs import is_url
 from megatron_keye.io_server.client import ClientSettings, MediaClient, Poisonous
 from megatron_keye.io_server.fleet import Fleet
 from megatron_keye.io_server.protocol import DecodeJob
@@ -112,9 +113,10 @@ def job_of(medium: StoredMedium, own_decoder_id: str) -> DecodeJob:
     if not isinstance(medium.place, Member):
         raise AssertionError(f"{medium.where} is no member of a shard, so that no server can read it")
     place, item, frames = medium.place, medium.item, medium.item.frames
+    address = place.store.address(place.shard)
     is_slow_fast = frames is not None and medium.variant == "keye_vl_1_5"
     return DecodeJob(
-        path=os.path.realpath(place.store.address(place.shard)),
+        path=address if is_url(address) else os.path.realpath(address),
         offset=place.span.offset,
         num_bytes=place.span.num_bytes,
         sha256=medium.media.sha256,

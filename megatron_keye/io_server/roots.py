@@ -15,8 +15,8 @@ class Roots:
 
     def __init__(self, folders: Sequence[Path]):
         missing = [str(folder) for folder in folders if not folder.is_dir()]
-        if missing or not folders:
-            raise SettingsError(f"--root {' '.join(missing)}: no such folder" if missing else "name at least one folder with --root")
+        if missing:
+            raise SettingsError(f"--root {' '.join(missing)}: no such folder")
         self._real = [os.path.realpath(folder) for folder in folders]
 
     def open(self, path: str) -> BufferedReader:
@@ -39,6 +39,10 @@ class Roots:
             raise
         return open(fd, "rb")
 
+    def holds(self, real: str) -> bool:
+        """Whether a path without links is one of the folders, or in one."""
+        return any(os.path.commonpath([root, real]) == root for root in self._real)
+
     def _check(self, real: str) -> None:
-        if not any(os.path.commonpath([root, real]) == root for root in self._real):
+        if not self.holds(real):
             raise Refused("denied", "the path leads out of the folders that this server was started with (--root)")

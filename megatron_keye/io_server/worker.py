@@ -4,7 +4,6 @@ It may be killed at any moment, by its own limits or by the front, and is never 
 `decode`, which does, is handed in.
 """
 
-import hashlib
 import os
 import select
 import signal
@@ -21,8 +20,8 @@ import xxhash
 from megatron_keye.data import messages
 from megatron_keye.data.limits import is_out_of_memory, limit_memory
 from megatron_keye.errors import DataError, UnsupportedError
+from megatron_keye.io_server.blobs import Blobs, DiskCache
 from megatron_keye.io_server.protocol import DecodeJob, Refused, parse_job
-from megatron_keye.io_server.roots import Roots
 
 Decode = Callable[[DecodeJob, bytes], Iterator[np.ndarray]]
 """Patches of a job from its bytes, uint8 [n, 588] at a time, in order."""
@@ -43,7 +42,7 @@ class WorkerLimits:
     decode_s: float
 
 
-def serve(sock: socket.socket, roots: Roots, limits: WorkerLimits, decode: Decode, decoder_id: str) -> None:
+def serve(sock: socket.socket, blobs: Blobs, limits: WorkerLimits, decode: Decode, decoder_id: str) -> None:
     """Answer jobs until the front closes its end. Everything that `decode` needs must have been imported."""
     limit_memory(limits.memory_bytes)
     messages.send(sock, {"ready": True, "decoder_id": decoder_id})
@@ -55,20 +54,21 @@ def serve(sock: socket.socket, roots: Roots, limits: WorkerLimits, decode: Decod
         if fd is None:  # a cancellation that came too late
             continue
         signal.alarm(int(limits.decode_s) + ALARM_GRACE_S)
-        reply = _answer(sock, roots, message, fd, decode)
+        reply = _answer(sock, blobs, message, fd, decode)
         signal.alarm(0)
         messages.send(sock, reply)
         if reply.get("error") == "oom":  # what is left of the heap may be in pieces
             return
 
 
-def _answer(sock: socket.socket, roots: Roots, message: dict[str, Any], fd: int, decode: Decode) -> dict[str, Any]:
+def _answer(sock: socket.socket, blobs: Blobs, message: dict[str, Any], fd: int, decode: Decode) -> dict[str, Any]:
     try:
         job = parse_job(message["job"].encode())
+        blob = blobs.read(job)
         checksum, num_bytes = xxhash.xxh3_64(), 0
         with open(fd, "wb") as slab:
             slab.seek(0)  # the position is shared with whoever had the file before
-            for patches in decode(job, _read(roots, job)):
+            for patches in decode(job, blob.content):
                 if select.select([sock], [], [], 0)[0]:
                     raise Cancelled
                 slab.write(patches)
@@ -85,20 +85,7 @@ def _answer(sock: socket.socket, roots: Roots, message: dict[str, Any], fd: int,
         if code == "internal":
             traceback.print_exc()
         return {"error": code, "message": f"{type(error).__name__}: {error}"[:MAX_MESSAGE]}
-    return {"xxh3_64": checksum.hexdigest()}
-
-
-def _read(roots: Roots, job: DecodeJob) -> bytes:
-    """The encoded bytes. Raises Refused as `Roots.open` does, and DataError where they are not those of the job."""
-    with roots.open(job.path) as file:
-        size = os.fstat(file.fileno()).st_size
-        if size < job.offset + job.num_bytes:
-            raise DataError(f"{job.path} has {size} bytes: expected {job.num_bytes} at {job.offset}; it is truncated, or another file")
-        file.seek(job.offset)
-        blob = file.read(job.num_bytes)
-    if job.sha256 is not None and hashlib.sha256(blob).hexdigest() != job.sha256:
-        raise DataError(f"{job.path}: {job.num_bytes} bytes at {job.offset} do not have the sha256 of the job: damaged, or replaced")
-    return blob
+    return {"xxh3_64": checksum.hexdigest(), "from_disk": blob.from_disk}
 
 
 def _code(error: BaseException) -> str:
@@ -112,11 +99,13 @@ def _code(error: BaseException) -> str:
 def main(arguments: Sequence[str], decode: Decode, decoder_id: str) -> int:
     """Serve with `decode`, whose pixels `decoder_id` names.
 
-    `arguments`: descriptor of the socket, memory limit in bytes, time limit in seconds, roots.
+    `arguments`: descriptor of the socket, memory limit in bytes, time limit in seconds, folder of the disk cache or nothing, its limit
+    in bytes, roots.
     """
-    fd, memory_bytes, decode_s, *roots = arguments
+    fd, memory_bytes, decode_s, disk_folder, disk_bytes, *roots = arguments
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C in a terminal is for the front, which ends its workers
     with socket.socket(fileno=int(fd)) as sock:
         os.set_inheritable(sock.fileno(), False)
-        serve(sock, Roots([Path(root) for root in roots]), WorkerLimits(int(memory_bytes), float(decode_s)), decode, decoder_id)
+        disk = DiskCache(Path(disk_folder), int(disk_bytes)) if disk_folder else None
+        serve(sock, Blobs(roots, disk), WorkerLimits(int(memory_bytes), float(decode_s)), decode, decoder_id)
     return 0

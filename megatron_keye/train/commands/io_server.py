@@ -12,10 +12,10 @@ from urllib.parse import urlsplit
 from megatron_keye.config.schema import DecoderName
 from megatron_keye.errors import SettingsError
 from megatron_keye.io_server.auth import load_secret
+from megatron_keye.io_server.blobs import Blobs, DiskCache, is_url
 from megatron_keye.io_server.front import Front, ServerSettings
 from megatron_keye.io_server.pool import PoolSettings, worker_command
 from megatron_keye.io_server.protocol import HEALTH_PATH
-from megatron_keye.io_server.roots import Roots
 from megatron_keye.io_server.worker import WorkerLimits
 
 HELP = """Serve decoded pixels to training runs, bit for bit those that they would decode themselves.
@@ -28,19 +28,21 @@ EXAMPLES = """\
   keye io-server status http://node1:7300 http://node2:7300                    # exit code 0 where all are well"""
 
 STATUS_TIMEOUT_S = 5.0
-MIB = 1 << 20
+MIB, GIB = 1 << 20, 1 << 30
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--listen", metavar="HOST:PORT", help="where to listen; port 0 takes a free one and says which")
     parser.add_argument("--workers", type=int, default=1, metavar="N", help="decoding processes; about one per core (default: 1)")
     parser.add_argument("--decoder", choices=get_args(DecoderName), default="pyav", help="data.media.decoder of the runs (default: pyav)")
-    parser.add_argument("--root", nargs="+", default=[], metavar="DIR", help="folders whose files may be read, and no others")
+    parser.add_argument("--root", nargs="+", default=[], metavar="PATH", help="folders and URLs whose files may be read, and no others")
     parser.add_argument("--secret-file", metavar="F", help="secret that runs must know (data.media.secret_file)")
     parser.add_argument("--registry", metavar="DIR", help="shared folder in which runs find this server (data.media.registry)")
     parser.add_argument("--advertise", metavar="HOST", help="name by which runs reach this server (default: that of --listen)")
     parser.add_argument("--queue", type=int, metavar="N", help="requests that may wait for a worker (default: 4 per worker)")
     parser.add_argument("--memory-mib", type=int, default=4096, metavar="M", help="all results together, cached ones too (default: 4096)")
+    parser.add_argument("--disk-cache", metavar="DIR", help="keep media that were read in this folder, on a disk of this node")
+    parser.add_argument("--disk-cache-gib", type=float, default=64, metavar="G", help="most bytes of --disk-cache (default: 64)")
     parser.add_argument("--worker-memory-mib", type=int, default=4096, metavar="M", help="memory one decode may take (default: 4096)")
     parser.add_argument("--decode-timeout-s", type=float, default=120.0, metavar="S", help="time one decode may take (default: 120)")
     parser.add_argument("--drain-s", type=float, default=60.0, metavar="S", help="time to finish after SIGTERM (default: 60)")
@@ -70,17 +72,18 @@ def _settings(args: argparse.Namespace) -> ServerSettings:
     host, colon, port = (args.listen or "").rpartition(":")
     if not colon or not host or not port.isdigit() or int(port) > 65535:
         raise SettingsError(f"--listen is {args.listen!r}: expected HOST:PORT, such as 127.0.0.1:7300")
-    for name in ("workers", "memory_mib", "worker_memory_mib", "decode_timeout_s", "drain_s"):
+    for name in ("workers", "memory_mib", "worker_memory_mib", "decode_timeout_s", "drain_s", "disk_cache_gib"):
         if vars(args)[name] <= 0:
             raise SettingsError(f"--{name.replace('_', '-')} is {vars(args)[name]}: expected more than 0")
-    roots = tuple(Path(root).resolve() for root in args.root)
-    Roots(roots)
+    roots = tuple(root if is_url(root) else str(Path(root).resolve()) for root in args.root)
+    disk = None if args.disk_cache is None else DiskCache(Path(args.disk_cache).resolve(), int(args.disk_cache_gib * GIB))
+    Blobs(roots, disk)
     queue_jobs = 4 * args.workers if args.queue is None else max(args.queue, 0)
     limits = WorkerLimits(args.worker_memory_mib * MIB, args.decode_timeout_s)
     return ServerSettings(
         host=host.strip("[]"),
         port=int(port),
-        pool=PoolSettings(args.workers, queue_jobs, roots, limits, worker_command(args.decoder)),
+        pool=PoolSettings(args.workers, queue_jobs, roots, limits, worker_command(args.decoder), disk),
         memory_bytes=args.memory_mib * MIB,
         drain_s=args.drain_s,
         secret=None if args.secret_file is None else load_secret(Path(args.secret_file)),

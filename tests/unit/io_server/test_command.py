@@ -16,10 +16,11 @@ from tests.unit.io_server.serving import wait_until
         ([], "--listen is None: expected HOST:PORT"),
         (["--listen", "7300"], "--listen is '7300'"),
         (["--listen", "127.0.0.1:99999"], "expected HOST:PORT"),
-        (["--listen", "127.0.0.1:0"], "name at least one folder with --root"),
+        (["--listen", "127.0.0.1:0"], "name at least one folder or URL with --root"),
         (["--listen", "127.0.0.1:0", "--root", "/no/such"], "--root /no/such: no such folder"),
         (["--listen", "127.0.0.1:0", "--root", "/tmp", "--workers", "0"], "--workers is 0: expected more than 0"),
         (["--listen", "0.0.0.0:0", "--root", "/tmp"], "without --secret-file"),
+        (["--listen", "127.0.0.1:0", "--root", "/tmp", "--disk-cache", "/tmp/cache"], "lies in a --root"),
     ],
 )
 def test_arguments_that_make_no_server_are_settings_errors(arguments, problem, capsys):
