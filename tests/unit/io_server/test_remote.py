@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from megatron_keye.config.load import load_config
-from megatron_keye.config.schema import DataConfig, MediaConfig
+from megatron_keye.config.schema import DataConfig, MediaConfig, StorageConfig
 from megatron_keye.data.dataset import Dataset
 from megatron_keye.data.items import iter_patches
 from megatron_keye.data.media.decoder import PYAV, decoder_id
@@ -20,9 +20,11 @@ from megatron_keye.data.places import WebAddress
 from megatron_keye.data.sources import MediaCounts, ThreadSource
 from megatron_keye.data.stored import StoredMedium
 from megatron_keye.errors import DataError, KeyeError, SettingsError
+from megatron_keye.io_server.blobs import DiskCache
 from megatron_keye.io_server.registry import write_lease
 from megatron_keye.io_server.remote import RemoteSource, connect, job_of
-from tests.unit.io_server.serving import error_of, post
+from tests.unit.data.http_server import serving
+from tests.unit.io_server.serving import error_of, post, real_server
 
 VARIANTS = ("keye_vl_1_5", "keye_vl_preview")
 
@@ -61,6 +63,21 @@ def test_remote_pixels_are_the_local_ones(indexed, tokenizer, real, variant):
     num_media = sum(len(dataset.stored_media(sample)) for sample in range(len(dataset)))
     assert remote.counts().media == MediaCounts(remote=num_media)
     assert "remote" in media.summary()
+
+
+def test_a_set_at_a_url_is_read_by_the_servers(indexed, tokenizer, tmp_path):
+    with serving(indexed[VARIANTS[0]]) as (url, _):
+        server = real_server(tmp_path, roots=(url,), disk=DiskCache(tmp_path / "disk", 1 << 30), decode_s=60.0)
+        storage = StorageConfig(cache=str(tmp_path / "index"))
+        config = data_config(url, servers=(server.url,)).model_copy(update={"storage": storage})
+        dataset, media = Dataset.open(url, tokenizer, VARIANTS[0], config), connect(config)
+        remote = remote_source(dataset, media)
+        for sample in range(len(dataset)):
+            there = remote.read(sample, dataset.shape(sample)).patches
+            assert all(np.array_equal(a, b) for a, b in zip(dataset.pixels(sample), there, strict=True))
+        assert media.client.counts.values.keys() == {"remote"}
+        assert any((tmp_path / "disk").rglob("??/*"))
+        server.close()
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
