@@ -39,7 +39,7 @@ NO_MEDIA = MediaCounts()
 
 @dataclass(frozen=True)
 class LoadCounts:
-    """What a source did since it was made. `bytes_read` are those of shards, as they are stored."""
+    """What a source did since it was made. `bytes_read` are those of shards and of media at web addresses, as they are stored."""
 
     samples: int
     bytes_read: int

@@ -97,7 +97,7 @@ class StepLine(Entry):
     """Numbers in the dataset."""
     ids: tuple[str, ...]
     crc32: tuple[Count, ...]
-    """Of the records as stored. A record holds the SHA-256 of each of its media."""
+    """Of the records as stored. A record holds the SHA-256 of each of its media; that of media at web addresses is added to it."""
     sources: dict[str, Count]
     """Samples from each source."""
     skipped: tuple[Skipped, ...]

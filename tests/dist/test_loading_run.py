@@ -5,9 +5,12 @@ import signal
 
 import pytest
 
+from megatron_keye.config.schema import StorageConfig, VideoConfig
+from megatron_keye.data.indexing import index_folder, save_index
 from megatron_keye.data.loader import ReplicaLoader
 from megatron_keye.data.sources import ThreadSource
 from megatron_keye.data.transport import CollectiveTransport
+from megatron_keye.data.writing import plan_shards, write_shards
 from megatron_keye.plan.cursor import Cursor
 from megatron_keye.train.feed import Feed
 from megatron_keye.train.placement import Planner
@@ -60,6 +63,25 @@ def test_a_run_from_a_url_is_the_same_run(tiny, threads, tmp_path):
         train("one", tiny.config(f"data.train={url}/train", "data.prefetch_steps=1", *storage), tmp_path / "run", fail_for_a_while)
         assert faults.fail_first == 0
     assert_same_run(tmp_path / "run", threads)
+
+
+def test_a_run_with_media_at_web_addresses_is_the_same_run(tiny, threads, tmp_path):
+    limits = StorageConfig(first_pause_s=0.01, private_networks=("127.0.0.0/8",))
+    with serving(tiny.folder) as (url, faults):
+        faults.pattern = "/media/"
+        source, out = tmp_path / "web.jsonl", tmp_path / "web"
+        source.write_text((tiny.folder / "train.jsonl").read_text().replace('"media/', f'"{url}/media/'))
+        write_shards(source, out, plan_shards(source, 20_000, keep_web=True))
+        made_of = (out, tiny.folder / "tokenizer", "keye_vl_1_5", VideoConfig())
+        save_index(*made_of, index_folder(*made_of, storage=limits))
+        faults.fail_first = 3
+        storage = {"cache": tmp_path / "cache", "first_pause_s": 0.01, "private_networks": "[127.0.0.0/8]"}
+        overrides = [f"data.storage.{name}={value}" for name, value in storage.items()]
+        train("one", tiny.config(f"data.train={out}", *overrides), tmp_path / "run")
+        assert faults.fail_first == 0
+    assert losses(tmp_path / "run") == losses(threads)
+    ids, expected = ([line["ids"] for line in ledger_steps(path) if "ids" in line] for path in (tmp_path / "run", threads))
+    assert ids == expected and len(ids) == 6
 
 
 def test_more_ranks_in_a_replica_read_no_more(tiny, threads, tmp_path):
