@@ -339,6 +339,9 @@ class TrainConfig(Section):
     the longest step before it."""
     slow_phase_timeout_s: PositiveFloat = 1800.0
     """The same limit for loading, saving, evaluation and the first step of a start."""
+    deterministic: bool = False
+    """On GPUs, the same bits at every start at one layout, for some speed: kernels and collectives that add in a fixed order. CPUs always
+    repeat."""
     overlap_grad_reduce: bool = False
     overlap_param_gather: bool = False
 

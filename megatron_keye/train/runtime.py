@@ -14,6 +14,8 @@ from megatron_keye.parallel.groups import Groups, build_groups, prepare_megatron
 from megatron_keye.train.placement import rank_grid
 
 COLLECTIVE_TIMEOUT_S = 1800
+ADD_IN_ORDER = {"CUBLAS_WORKSPACE_CONFIG": ":4096:8", "NVTE_ALLOW_NONDETERMINISTIC_ALGO": "0", "NCCL_ALGO": "Ring"}
+"""What cuBLAS, Transformer Engine and NCCL look for in the environment when they start."""
 
 
 @dataclass(frozen=True)
@@ -42,6 +44,8 @@ def start(config: RunConfig) -> Runtime:
     """
     world_size = world_size_from_environment()
     require_valid(config, world_size)
+    if config.train.deterministic:
+        _repeat_exactly()
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
     if torch.cuda.device_count() >= int(os.environ.get("LOCAL_WORLD_SIZE", "1")):
         device, backend = torch.device("cuda", local_rank), "nccl"
@@ -55,6 +59,15 @@ def start(config: RunConfig) -> Runtime:
     else:
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
     return of_started_world(config, device)
+
+
+def _repeat_exactly() -> None:
+    """Before CUDA and NCCL start. What is in the environment already stays, such as another algorithm of NCCL's."""
+    for name, value in ADD_IN_ORDER.items():
+        os.environ.setdefault(name, value)
+    torch.use_deterministic_algorithms(True)
+    # Memory that nobody has written yet need not be filled for that.
+    torch.utils.deterministic.fill_uninitialized_memory = False
 
 
 def of_started_world(config: RunConfig, device: torch.device) -> Runtime:
