@@ -5,26 +5,26 @@ Collectives stay with the main thread: the writing threads need none, and `finis
 
 import threading
 from concurrent.futures import Future
-from dataclasses import replace
 from pathlib import Path
 
+from megatron_keye.checkpoint.host_copies import HostCopies
 from megatron_keye.checkpoint.manifest import Identity, RunRecord
 from megatron_keye.checkpoint.state import SavedPart, TrainingState, saved_parts
 from megatron_keye.checkpoint.store import Keep, UnfinishedCheckpoint, Written
 
 
 class BackgroundSave:
-    """One save of `state` as it is now, which may change as soon as this is made. All ranks must make it, and call `finish`.
+    """One save of `state` as it is now, which may change as soon as this is made. All ranks must make it, and call `finish`."""
 
-    Host memory: this rank's part of the state, until it is written.
-    """
+    def __init__(self, folder: Path, state: TrainingState, run: RunRecord, identity: Identity, keep: Keep, copies: HostCopies):
+        """As `store.save_checkpoint`. The memory of `copies` belongs to this save until it is finished.
 
-    def __init__(self, folder: Path, state: TrainingState, run: RunRecord, identity: Identity, keep: Keep):
-        """As `store.save_checkpoint`. Raises CheckpointError on all ranks where `folder` cannot be written to."""
+        Raises CheckpointError on all ranks where `folder` cannot be written to.
+        """
         self._unfinished = UnfinishedCheckpoint(folder, run, identity, keep, state.world)
         self._written: Future[Written] = Future()
         try:
-            parts = [_copied(part) for part in saved_parts(state)]
+            parts = copies.make(saved_parts(state))
         except Exception as error:
             # No memory, say. Other ranks have begun to write, so it counts as a failed write.
             self._written.set_exception(error)
@@ -49,7 +49,3 @@ class BackgroundSave:
             self._written.set_result(self._unfinished.write(parts))
         except BaseException as error:
             self._written.set_exception(error)
-
-
-def _copied(part: SavedPart) -> SavedPart:
-    return replace(part, data=part.data.to("cpu", copy=True))

@@ -7,29 +7,11 @@ import torch
 from megatron.core.optimizer import ChainedOptimizer
 from torch import Tensor, nn
 
-from megatron_keye.checkpoint.background import BackgroundSave
 from megatron_keye.checkpoint.identity import identity
 from megatron_keye.checkpoint.load import Loaded, load_latest
-from megatron_keye.checkpoint.manifest import RunRecord
 from megatron_keye.checkpoint.state import LocalParameter, TrainingState
-from megatron_keye.checkpoint.store import Keep, save_checkpoint
 from megatron_keye.model.names import Piece, decoder_pieces, encoder_pieces
 from megatron_keye.train.build import KeyeModel
-
-
-def save(folder: Path, model: KeyeModel, optimizer: ChainedOptimizer | None, run: RunRecord, tokenizer: str, keep: Keep) -> Path:
-    """Save model and optimizer in `folder`, where `keep` says which checkpoints stay; returns the new one.
-
-    `tokenizer` is the fingerprint of the run's tokenizer. All ranks must call it, between steps. Raises CheckpointError.
-    """
-    return save_checkpoint(folder, training_state(model, optimizer), run, identity(model.config.model, tokenizer), keep)
-
-
-def save_in_background(
-    folder: Path, model: KeyeModel, optimizer: ChainedOptimizer | None, run: RunRecord, tokenizer: str, keep: Keep
-) -> BackgroundSave:
-    """As `save`, but returns when the state is copied. The checkpoint is there when all ranks have called `finish` of the result."""
-    return BackgroundSave(folder, training_state(model, optimizer), run, identity(model.config.model, tokenizer), keep)
 
 
 def resume(folder: Path, model: KeyeModel, optimizer: ChainedOptimizer | None, tokenizer: str) -> Loaded | None:

@@ -10,9 +10,11 @@ import torch
 
 import megatron_keye
 from megatron_keye.checkpoint.background import BackgroundSave
+from megatron_keye.checkpoint.host_copies import HostCopies
+from megatron_keye.checkpoint.identity import identity
 from megatron_keye.checkpoint.load import Loaded
 from megatron_keye.checkpoint.manifest import RunRecord
-from megatron_keye.checkpoint.store import Keep
+from megatron_keye.checkpoint.store import Keep, save_checkpoint
 from megatron_keye.config.load import dump_config
 from megatron_keye.config.schema import RunConfig
 from megatron_keye.plan.cursor import Cursor, ResumeState
@@ -46,6 +48,7 @@ class History:
         self.notes: list[str] = []
         self._being_saved: tuple[int, BackgroundSave] | None = None
         """The step and the save of a checkpoint that is not there yet."""
+        self._host_copies = HostCopies()
         self._exports: LiveExport | None = None
         self._loaded_from: Path | None = None
 
@@ -86,13 +89,14 @@ class History:
         # The main rank's record is the one that is written.
         chain = CHAIN_START if self.ledger is None else self.ledger.chain
         record = RunRecord(cursor.step, state.to_json(), dump_config(self._config), chain, versions)
-        what = (self._run_dir.checkpoints, step.model, step.optimizer, record, self._inputs.tokenizer.fingerprint)
-        keep = Keep(train.keep_checkpoints, train.keep_every_steps)
+        saved = checkpointing.training_state(step.model, step.optimizer)
+        model = identity(self._config.model, self._inputs.tokenizer.fingerprint)
+        what = (self._run_dir.checkpoints, saved, record, model, Keep(train.keep_checkpoints, train.keep_every_steps))
         with said_once(world, device):
             if train.async_save:
-                self._being_saved = cursor.step, checkpointing.save_in_background(*what, keep)
+                self._being_saved = cursor.step, BackgroundSave(*what, self._host_copies)
             else:
-                self._saved(cursor.step, checkpointing.save(*what, keep))
+                self._saved(cursor.step, save_checkpoint(*what))
 
     @property
     def is_saving(self) -> bool:

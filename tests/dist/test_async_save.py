@@ -11,6 +11,7 @@ import torch.distributed as dist
 
 from megatron_keye.checkpoint import store
 from megatron_keye.checkpoint.background import BackgroundSave
+from megatron_keye.checkpoint.host_copies import HostCopies
 from megatron_keye.checkpoint.load import load_checkpoint
 from megatron_keye.checkpoint.manifest import RunRecord
 from megatron_keye.checkpoint.store import Keep, checkpoints, find_damage, save_checkpoint
@@ -77,7 +78,7 @@ def fail_on_rank_1(folder):
     save_checkpoint(folder, state, RunRecord(1, "", "", "", {}), {}, Keep(1))
     if dist.get_rank() == 1:
         patch.object(store, "write_tensors", side_effect=OSError(28, "No space left on device")).start()
-    saving = BackgroundSave(folder, state, RunRecord(2, "", "", "", {}), {}, Keep(1))
+    saving = BackgroundSave(folder, state, RunRecord(2, "", "", "", {}), {}, Keep(1), HostCopies())
     with pytest.raises(CheckpointError) as error:
         saving.finish()
     return str(error.value)
@@ -90,15 +91,17 @@ def test_one_rank_that_cannot_write_is_an_error_on_all(tmp_path):
 
 
 def measure_memory(folder):
-    """Peak memory of a save in the background beyond what the state itself takes, as a part of the rank's own shard."""
+    """Peak memory of two saves in the background beyond what the state itself takes, as a part of the rank's own shard."""
     state = frozen_state(2 * SHARD_BYTES // 4)
     before = private_bytes()
     with PeakMemory() as memory:
-        path = BackgroundSave(folder, state, RunRecord(1, "", "", "", {}), {}, Keep(1)).finish()
+        copies = HostCopies()
+        for step in (1, 2):
+            path = BackgroundSave(folder, state, RunRecord(step, "", "", "", {}), {}, Keep(1), copies).finish()
     load_checkpoint(path, state, {})
     return (memory.peak - before) / SHARD_BYTES
 
 
-def test_a_save_in_the_background_needs_one_copy_of_the_shard(tmp_path):
+def test_saves_in_the_background_need_one_copy_of_the_shard(tmp_path):
     for peak in run_ranks(2, measure_memory, tmp_path, prepare=lambda: None):
         assert 0.9 < peak < 1.5

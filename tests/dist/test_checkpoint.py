@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from megatron_keye.checkpoint.identity import identity
 from megatron_keye.checkpoint.load import load_checkpoint, load_weights
 from megatron_keye.checkpoint.manifest import RunRecord, read_manifest
 from megatron_keye.checkpoint.state import LocalParameter, TrainingState
@@ -97,7 +98,8 @@ class Run:
 
     def save(self, folder: Path, step: int) -> Path:
         record = RunRecord(step, f"cursor {step}", "settings", "ledger", {})
-        return checkpointing.save(folder, self.model, self.optimizer, record, TOKENIZER, keep=Keep(2))
+        state = checkpointing.training_state(self.model, self.optimizer)
+        return save_checkpoint(folder, state, record, identity(self.config.model, TOKENIZER), Keep(2))
 
 
 def start_run(config: RunConfig, folder: Path | None) -> Outcome:

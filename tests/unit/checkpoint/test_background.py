@@ -9,7 +9,9 @@ import torch
 
 from megatron_keye.checkpoint import store
 from megatron_keye.checkpoint.background import BackgroundSave
+from megatron_keye.checkpoint.host_copies import HostCopies
 from megatron_keye.checkpoint.load import load_checkpoint
+from megatron_keye.checkpoint.state import saved_parts
 from megatron_keye.checkpoint.store import Keep, checkpoints, find_damage, save_checkpoint
 from megatron_keye.errors import CheckpointError
 from tests.unit.checkpoint.states import IDENTITY, all_equal, make_state, names, run_record, values
@@ -18,7 +20,7 @@ DISK_FULL = OSError(28, "No space left on device")
 
 
 def begin(folder, state, step=2):
-    return BackgroundSave(folder, state, run_record(step), IDENTITY, Keep(1))
+    return BackgroundSave(folder, state, run_record(step), IDENTITY, Keep(1), HostCopies())
 
 
 @contextmanager
@@ -54,6 +56,25 @@ def test_it_holds_the_state_as_it_was(tmp_path):
     assert all_equal(values(target), expected)
 
 
+def test_saves_one_after_another_share_their_memory(tmp_path):
+    """Each holds the state of its own time."""
+    copies = HostCopies()
+    for step in (1, 2):
+        saved = make_state(seed=step)
+        path = BackgroundSave(tmp_path, saved, run_record(step), IDENTITY, Keep(2), copies).finish()
+        target = make_state(seed=9)
+        load_checkpoint(path, target, IDENTITY)
+        assert all_equal(values(target), values(saved))
+
+
+def test_copies_lie_in_one_block_that_is_kept():
+    copies = HostCopies()
+    first, second = (copies.make(saved_parts(make_state(seed=seed))) for seed in (1, 2))
+    assert [part.data.data_ptr() for part in first] == [part.data.data_ptr() for part in second]
+    assert len({part.data.untyped_storage().data_ptr() for part in first}) == 1
+    assert all_equal([part.data for part in second], [part.data for part in saved_parts(make_state(seed=2))])
+
+
 def test_the_old_checkpoint_stays_until_the_new_one_is_there(tmp_path):
     state = make_state(seed=1)
     save_checkpoint(tmp_path, state, run_record(1), IDENTITY, Keep(1))
@@ -65,7 +86,7 @@ def test_the_old_checkpoint_stays_until_the_new_one_is_there(tmp_path):
     assert names(tmp_path) == ["step_00000002"]
 
 
-@pytest.mark.parametrize("place", ["store.write_tensors", "background._copied", "store.write_text", "store.merge"])
+@pytest.mark.parametrize("place", ["store.write_tensors", "host_copies._new_block", "store.write_text", "store.merge"])
 def test_a_failure_is_said_by_finish_and_leaves_the_old_checkpoint(tmp_path, place):
     """Of writing, of copying (no memory), or of the commit."""
     state = make_state(seed=1)

@@ -14,6 +14,7 @@ from unittest.mock import patch
 import pytest
 
 from megatron_keye.checkpoint.background import BackgroundSave
+from megatron_keye.checkpoint.host_copies import HostCopies
 from megatron_keye.checkpoint.store import Keep, checkpoints, find_damage, latest_good, save_checkpoint
 from megatron_keye.errors import CheckpointError
 from tests.unit.checkpoint.states import IDENTITY, make_state, names, run_record
@@ -91,7 +92,7 @@ def test_a_crash_at_any_file_operation_of_the_commit_of_a_save_in_the_background
     for operation in count():
         folder = tmp_path / str(operation)
         save(folder, 1)
-        saving = BackgroundSave(folder, make_state(2), run_record(2), IDENTITY, Keep(1))
+        saving = BackgroundSave(folder, make_state(2), run_record(2), IDENTITY, Keep(1), HostCopies())
         try:
             with crashing_at(operation):
                 saving.finish()

@@ -4,11 +4,12 @@ from pathlib import Path
 
 import yaml
 
+from megatron_keye.checkpoint.identity import identity
 from megatron_keye.checkpoint.manifest import RunRecord
-from megatron_keye.checkpoint.store import Keep
+from megatron_keye.checkpoint.store import Keep, save_checkpoint
 from megatron_keye.config.load import dump_config, load_config
 from megatron_keye.data.tokenizer import load_tokenizer
-from megatron_keye.train.checkpointing import save
+from megatron_keye.train.checkpointing import training_state
 from megatron_keye.train.run_dir import RunDir
 from megatron_keye.train.serving import build_filled
 from tests.unit.checkpoint.hf_folder import small_model, tensors_of
@@ -41,4 +42,5 @@ def save_run(path: Path, tokenizer_folder: Path, variant: str) -> Path:
 def _save(run, config, fingerprint):
     weights = tensors_of(config.model)
     model = build_filled(config, lambda pieces: [piece.write(weights[piece.name]) for piece in pieces])
-    return save(run.checkpoints, model, None, RunRecord(STEP, "{}", dump_config(config), "", {}), fingerprint, keep=Keep(1))
+    record, model_identity = RunRecord(STEP, "{}", dump_config(config), "", {}), identity(config.model, fingerprint)
+    return save_checkpoint(run.checkpoints, training_state(model, None), record, model_identity, Keep(1))
