@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -23,9 +23,11 @@ from megatron_keye.data.places import Member, Place, WebAddress
 from megatron_keye.data.shards import Span
 from megatron_keye.data.storage import DEFAULT_STORAGE, LocalStore, Store
 from megatron_keye.data.template import TEMPLATE_VERSION
-from megatron_keye.data.web_media import WebMedia
 from megatron_keye.errors import DataError
 from megatron_keye.plan.table import SampleTable
+
+if TYPE_CHECKING:
+    from megatron_keye.data.web_media import WebMedia
 
 FORMAT_VERSION = 3
 INDEX_FOLDER = "index"
@@ -113,7 +115,7 @@ def made_with(tokenizer_fingerprint: str, rules: MediaRules) -> Made:
 class Index:
     """A read-only view of an index. Its arrays are memory-mapped; all methods may be called from several threads."""
 
-    def __init__(self, store: Store, web: WebMedia | None, meta: dict[str, Any], tables: Mapping[str, np.ndarray]):
+    def __init__(self, store: Store, web: "WebMedia | None", meta: dict[str, Any], tables: Mapping[str, np.ndarray]):
         """`web` reads media at web addresses; None where there are none."""
         self.store = store
         """Holds the shards."""
@@ -264,12 +266,17 @@ def open_index(location: str | Path, storage: StorageConfig = DEFAULT_STORAGE) -
         path = store.folder_here(INDEX_FOLDER, [META_FILE, *(f"{name}.npy" for name in TABLES)], verify)
         meta = _read_meta(path, address, remedy)
         tables = {name: _open_table(path, name, meta["rows"][name]) for name in TABLES}
-        web = WebMedia(storage) if len(tables["web"]) else None
-        index = Index(store, web, meta, tables)
+        index = Index(store, _open_web(storage) if len(tables["web"]) else None, meta, tables)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise DataError(f"the index at {address} is damaged ({type(error).__name__}: {error}); {remedy} again") from error
     store.check_lengths({shard["name"]: shard["bytes"] for shard in meta["shards"]}, remedy)
     return index
+
+
+def _open_web(storage: StorageConfig) -> "WebMedia":
+    from megatron_keye.data.web_media import WebMedia  # loads what other sets do not need
+
+    return WebMedia(storage)
 
 
 def _read_meta(folder: Path, address: str, remedy: str) -> dict[str, Any]:

@@ -1,11 +1,14 @@
 """Where the bytes of an indexed medium are: in a shard, or at a web address."""
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from megatron_keye.data.record import Media
 from megatron_keye.data.shards import Span, check_sha256
 from megatron_keye.data.storage import Store
-from megatron_keye.data.web_media import WebMedia
+
+if TYPE_CHECKING:
+    from megatron_keye.data.web_media import WebMedia
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,7 +30,7 @@ class Member:
 class WebAddress:
     """What is at the address of a medium, as long as it has the checksum that it had when it was indexed."""
 
-    web: WebMedia
+    web: "WebMedia"
     sha256: str
 
     def read(self, media: Media, where: str) -> bytes:
