@@ -16,6 +16,8 @@ CALL_TIMEOUT_S = 60.0
 PROBE_TIMEOUT_S = 30.0
 PROBES_AT_A_TIME = 64
 TRAIN_STEP = "keye-train"
+TOO_FEW_NODES = "node configuration is not available"
+"""In what sbatch says when no nodes of the cluster can ever make up a job. It says so again, however often it is asked."""
 IO_COMPONENT = 1
 """Of a heterogeneous job; its component 0 trains."""
 

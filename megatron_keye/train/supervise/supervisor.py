@@ -149,11 +149,14 @@ class Supervisor:
         self._say(f"job {job_id} goes on, without {', '.join(exclude) or 'leaving out any node'}")
 
     def _insist(self, call: Callable[[], Answer]) -> Answer:
-        """The answer of a SLURM command, which is not there while slurmctld is restarted. Raises the last KeyeError."""
+        """The answer of a SLURM command, which is not there while slurmctld is restarted. Raises the last KeyeError, and at once the one
+        that stays as it is: before a time limit there are only minutes to requeue in."""
         for pause_s in RETRY_PAUSES_S:
             try:
                 return call()
             except KeyeError as error:
+                if slurm.TOO_FEW_NODES in str(error):
+                    raise
                 self._say(f"{error}; again in {pause_s:.0f} s")
                 time.sleep(pause_s)
         return call()
