@@ -15,6 +15,7 @@ from megatron_keye.data.media.decoder import PYAV, decoder_id, open_decoder
 from megatron_keye.data.media.image import read_image
 from megatron_keye.data.media.video import decode_frames
 from megatron_keye.errors import DataError, SettingsError, UnsupportedError
+from tests.unit.io_server.test_codecs import edit_list
 
 HAS_DALI = find_spec("nvidia") is not None and find_spec("nvidia.dali") is not None
 VP9 = {"container": "webm", "codec": "libvpx-vp9", "cpu-used": "8"}
@@ -136,6 +137,12 @@ ODD_CLIPS = {
 def test_a_clip_that_is_not_plain_is_left_to_pyav(encode_clip, name):
     blob, backend = encode_clip(**ODD_CLIPS[name]), FakeBackend()
     assert np.array_equal(stack(DaliDecoder(backend), blob, WANTED), decode_frames(blob, WANTED))
+    assert backend.asked == []
+
+
+def test_a_clip_of_which_not_all_packets_are_shown_is_left_to_pyav(encode_clip, frame_number):
+    blob, backend = edit_list(encode_clip(**BFRAMES), 5), FakeBackend()
+    assert [frame_number(frame) for frame in DaliDecoder(backend).iter_frames(blob, range(43))] == list(range(5, 48))
     assert backend.asked == []
 
 
