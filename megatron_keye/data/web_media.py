@@ -3,6 +3,7 @@
 import asyncio
 import hashlib
 import ipaddress
+import re
 import socket
 import time
 from collections.abc import Awaitable, Callable
@@ -44,7 +45,8 @@ class WebMedia:
         blob = web_bytes(url, where, self._settings)
         self._counter.add(len(blob))
         if hashlib.sha256(blob).hexdigest() != sha256:
-            raise DataError(f"{where}: {url} has changed since it was indexed; remove the record, or run data_tools/index_shards.py again")
+            what = f"{where}: {shown(url)}"
+            raise DataError(f"{what} has changed since it was indexed; remove the record, or run data_tools/index_shards.py again")
         if self._cache is not None:
             self._cache.put(key, blob)
         return blob
@@ -58,20 +60,21 @@ def web_bytes(url: str, where: str, settings: StorageConfig) -> bytes:
     """The bytes at `url`. Raises DataError, which begins with `where`, for what is missing, empty, too large or forbidden;
     MediumUnreachableError for what is too slow, or does not come whole in any try."""
 
+    what = f"{where}: {shown(url)}"
+
     async def fetch(response: aiohttp.ClientResponse) -> bytes:
         body = bytearray()
         async for part in response.content.iter_chunked(PART_BYTES):
             body += part
             if len(body) > settings.medium_bytes:
                 raise DataError(
-                    f"{where}: {url} has more than {settings.medium_bytes:,} bytes (data.storage.medium_bytes); raise it, or remove the "
-                    "record"
+                    f"{what} has more than {settings.medium_bytes:,} bytes (data.storage.medium_bytes); raise it, or remove the record"
                 )
         if not body:
-            raise DataError(f"{where}: {url} is empty; correct the address, or remove the record")
+            raise DataError(f"{what} is empty; correct the address, or remove the record")
         return bytes(body)
 
-    return _ask(url, "GET", fetch, where, settings)
+    return _ask(url, "GET", fetch, what, settings)
 
 
 def web_num_bytes(url: str, where: str, settings: StorageConfig) -> int:
@@ -80,24 +83,31 @@ def web_num_bytes(url: str, where: str, settings: StorageConfig) -> int:
     async def size(response: aiohttp.ClientResponse) -> int:
         return 0 if response.status in NOT_ASKED else response.content_length or 0
 
-    return _ask(url, "HEAD", size, where, settings)
+    return _ask(url, "HEAD", size, f"{where}: {shown(url)}", settings)
 
 
-def _ask(url: str, method: str, use: Use, where: str, settings: StorageConfig) -> Result:
+def shown(url: str) -> str:
+    """An address as logs and ledgers may have it: without its query and credentials, which let whoever reads them in."""
+    scheme, _, rest = re.split("[?#]", url, maxsplit=1)[0].partition("://")
+    host, slash, path = rest.partition("/")
+    return f"{scheme}://{host.rpartition('@')[2]}{slash}{path}"
+
+
+def _ask(url: str, method: str, use: Use, what: str, settings: StorageConfig) -> Result:
     """What `use` makes of the answer."""
     until_s = time.monotonic() + settings.medium_timeout_s
 
     def attempt() -> Result:
         try:
-            return asyncio.run(_request(url, method, use, where, settings, max(until_s - time.monotonic(), 1e-3)))
+            return asyncio.run(_request(url, method, use, what, settings, max(until_s - time.monotonic(), 1e-3)))
         except (aiohttp.InvalidURL, aiohttp.NonHttpUrlClientError) as error:
-            raise DataError(f"{where}: {url}: found the address {error}, expected one of http or https; correct it") from error
+            raise DataError(f"{what}: found the address {error}, expected one of http or https; correct it") from error
         except aiohttp.TooManyRedirects as error:
-            raise DataError(f"{where}: {url} leads on more than {MAX_REDIRECTS} times; correct the address") from error
+            raise DataError(f"{what} leads on more than {MAX_REDIRECTS} times; correct the address") from error
         except (OSError, aiohttp.ClientError) as error:  # TimeoutError is an OSError
             if time.monotonic() >= until_s:
                 raise MediumUnreachableError(
-                    f"{where}: {url} took more than {settings.medium_timeout_s:g} s (data.storage.medium_timeout_s); raise it, or try later"
+                    f"{what} took more than {settings.medium_timeout_s:g} s (data.storage.medium_timeout_s); raise it, or try later"
                 ) from error
             raise Transient(f"{type(error).__name__}: {error}") from error
 
@@ -105,21 +115,21 @@ def _ask(url: str, method: str, use: Use, where: str, settings: StorageConfig) -
         return with_retries(attempt, Retries(settings.attempts, settings.first_pause_s))
     except Transient as error:
         raise MediumUnreachableError(
-            f"{where}: {url}: no whole answer in {settings.attempts} tries, the last: {error}; try again later"
+            f"{what}: no whole answer in {settings.attempts} tries, the last: {error}; try again later"
         ) from error
 
 
-async def _request(url: str, method: str, use: Use, where: str, settings: StorageConfig, total_s: float) -> Result:
+async def _request(url: str, method: str, use: Use, what: str, settings: StorageConfig, total_s: float) -> Result:
     """One try. Raises Transient and DataError for statuses, and what aiohttp does."""
     pause_s = settings.timeout_s
     timeout = aiohttp.ClientTimeout(total=total_s, sock_connect=pause_s, sock_read=pause_s)
-    connector = aiohttp.TCPConnector(socket_factory=partial(_allowed_socket, settings, f"{where}: {url}"))
+    connector = aiohttp.TCPConnector(socket_factory=partial(_allowed_socket, settings, what))
     options = dict(headers=HEADERS, timeout=timeout, connector=connector, trust_env=True, auto_decompress=False)
     async with (
         aiohttp.ClientSession(**options) as session,
         session.request(method, url, allow_redirects=True, max_redirects=MAX_REDIRECTS) as response,
     ):
-        _check_status(response, f"{where}: {url}")
+        _check_status(response, what)
         return await use(response)
 
 

@@ -8,7 +8,7 @@ import pytest
 from megatron_keye.config.schema import StorageConfig
 from megatron_keye.data.record import parse_record
 from megatron_keye.data.shards import iter_samples, list_shards, read_span
-from megatron_keye.data.web_media import web_bytes, web_num_bytes
+from megatron_keye.data.web_media import shown, web_bytes, web_num_bytes
 from megatron_keye.data.writing import plan_shards, write_shards
 from megatron_keye.errors import DataError, MediumUnreachableError
 from tests.unit.data.corpus import png
@@ -142,3 +142,15 @@ def test_a_redirect_does_not_lead_inside(web):
 def test_what_is_no_address_or_nobodys_is_named(url):
     with pytest.raises(DataError, match="r1: "):
         web_bytes(url, "r1", QUICK)
+
+
+@pytest.mark.parametrize(
+    ("url", "expected"),
+    [
+        ("https://user:word@host:8443/a/b.jpg?sig=secret#top", "https://host:8443/a/b.jpg"),
+        ("http://host?token=secret", "http://host"),
+        ("https://host/a@b.jpg", "https://host/a@b.jpg"),
+    ],
+)
+def test_messages_leave_out_what_would_let_their_readers_in(url, expected):
+    assert shown(url) == expected
