@@ -37,7 +37,7 @@ class MediaDecoder(Protocol):
 
 
 class PyAvDecoder:
-    """FFmpeg's decoders by PyAV, and Pillow."""
+    """FFmpeg's decoders by PyAV, libjpeg-turbo, and Pillow for other images."""
 
     name = DECODER_ID
 
