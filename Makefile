@@ -18,7 +18,7 @@ help:
 	@echo "make test        set up, then the CPU tests (15 minutes)"
 	@echo "make test-slow   the tests that kill whole runs (minutes)"
 	@echo "make chaos       runs that are killed, stopped and starved of disk LIVES=$(LIVES) times, against undisturbed ones (15 minutes)"
-	@echo "make slurm-drills  what launch/ promises, on a SLURM cluster inside this machine (20 minutes; root, Debian's slurm packages)"
+	@echo "make slurm-drills  what launch/ promises, on a SLURM cluster inside this machine (30 minutes; root, Debian's slurm packages)"
 	@echo "make smoke       layouts, training, resume and scoring on two GPUs or two CPU processes (10 minutes)"
 	@echo "make lint        ruff over the code, shellcheck over the launchers where it is installed"
 	@echo "make setup       only the virtual environment $(VENV), with the versions in constraints.txt"
