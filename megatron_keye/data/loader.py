@@ -118,7 +118,7 @@ class ReplicaLoader:
 
 def loading_cost(bytes_read: int, loader_bytes: int, replica_size: int) -> str:
     """What loading took, in words: on leaders alone, beside what it would take if each of a replica's ranks loaded for itself."""
-    took = f"loading: {_in_mb(bytes_read)} read from shards, at most {_in_mb(loader_bytes)} held decoded"
+    took = f"loading: {_in_mb(bytes_read)} read, at most {_in_mb(loader_bytes)} held decoded"
     if replica_size == 1:
         return took
     every = f"{_in_mb(replica_size * bytes_read)} and {_in_mb(replica_size * loader_bytes)}"

@@ -105,7 +105,7 @@ def test_what_loading_took_is_shown_beside_what_it_would_take_on_every_rank(tiny
         (10**6, 2 * 10**5), (10**6, 4 * 10**5), (10**6, 3 * 10**5),
     ]  # fmt: skip
     assert (
-        "loading: 3.0 MB read from shards, at most 0.4 MB held decoded, by one of 2 ranks each; "
+        "loading: 3.0 MB read, at most 0.4 MB held decoded, by one of 2 ranks each; "
         "loading on every rank would take 6.0 MB and 0.8 MB"
     ) in capsys.readouterr().err
 
