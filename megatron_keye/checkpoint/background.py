@@ -12,6 +12,8 @@ from megatron_keye.checkpoint.manifest import Identity, RunRecord
 from megatron_keye.checkpoint.state import SavedPart, TrainingState, saved_parts
 from megatron_keye.checkpoint.store import Keep, UnfinishedCheckpoint, Written
 
+WRITING_THREAD = "checkpoint"
+
 
 class BackgroundSave:
     """One save of `state` as it is now, which may change as soon as this is made. All ranks must make it, and call `finish`."""
@@ -30,7 +32,7 @@ class BackgroundSave:
             self._written.set_exception(error)
             return
         # A daemon: a process that ends for another reason does not wait for a checkpoint that nobody will commit.
-        threading.Thread(target=self._write, args=(parts,), name="checkpoint", daemon=True).start()
+        threading.Thread(target=self._write, args=(parts,), name=WRITING_THREAD, daemon=True).start()
 
     @property
     def is_writing(self) -> bool:

@@ -1,9 +1,9 @@
 """Train a tiny model while its processes are killed, stopped and starved of disk, and prove that it made no difference.
 
 A campaign is a list of lives that follows from --seed. Each life starts the run under a layout, a prefetch depth and a number of
-decode workers of its own; ranks, replica leaders, all ranks at once, or decode workers are killed (SIGKILL), stopped for a while
-(SIGSTOP), or find the disk full. Half of the moments are uniform over the wall time of a life, the others within a phase. Where a run is
-complete, the next life begins a new one.
+decode workers of its own, and saves at once or in the background; ranks, replica leaders, all ranks at once, or decode workers are killed
+(SIGKILL), stopped for a while (SIGSTOP), or find the disk full. Half of the moments are uniform over the wall time of a life, the others
+within a phase. Where a run is complete, the next life begins a new one.
 
 After each life: every checkpoint is whole, none was lost, no process is left, nothing was decoded to be skipped. After each run: the
 ledger proves itself; steps hold the samples of an undisturbed run, and their places the same tokens and pixels; losses are the same
@@ -115,7 +115,8 @@ def _print(console: Console, report: Report, scene: Scene) -> None:
     console.print(table)
     restarts = ", ".join(f"{count} {where}" for where, count in report.restarts_at(scene).items())
     console.print(
-        f"{len(report.kills)} kills, {report.num_restarts} restarts ({restarts}; {report.most_in_a_row} in a row at most) of "
+        f"{len(report.kills)} kills, {report.kills_while_writing} of them while a checkpoint was written in the background.\n"
+        f"{report.num_restarts} restarts ({restarts}; {report.most_in_a_row} in a row at most) of "
         f"{len(report.restarts)} runs.\nEvery step has the samples of the undisturbed run; largest difference of a loss "
         f"{report.worst_loss_difference:.1e} of it.",
         highlight=False,
@@ -125,7 +126,8 @@ def _print(console: Console, report: Report, scene: Scene) -> None:
 def _fields(report: Report, scene: Scene) -> dict:
     per_phase = {phase: {kind: n for (at, kind), n in report.per_phase().items() if at == phase} for phase in PHASES}
     return {
-        "kills": len(report.kills), "per_phase": per_phase, "restarts": report.num_restarts, "runs": len(report.restarts),
+        "kills": len(report.kills), "kills_while_writing": report.kills_while_writing, "per_phase": per_phase,
+        "restarts": report.num_restarts, "runs": len(report.restarts),
         "restarts_at": report.restarts_at(scene), "most_restarts_in_a_row": report.most_in_a_row,
         "worst_loss_difference": report.worst_loss_difference,
     }  # fmt: skip

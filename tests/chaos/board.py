@@ -10,6 +10,7 @@ from tests.chaos.schedule import PHASES, Phase
 _RANK = np.dtype([
     ("pid", np.int64), ("is_leader", np.int64), ("first_step", np.int64), ("step", np.int64), ("phase", np.int64),
     ("held_in", np.int64), ("held_after", np.int64), ("samples_read", np.int64),
+    ("is_writing", np.int64),
     ("entered_s", np.float64), ("spent_s", np.float64, len(PHASES)), ("last_s", np.float64, len(PHASES)),
 ])  # fmt: skip
 MAX_RANKS = 8
@@ -45,6 +46,10 @@ class Place:
     def has_read(self, num_samples: int) -> None:
         """So many samples since the life began."""
         self._row["samples_read"] = num_samples
+
+    def is_writing(self, value: bool) -> None:
+        """Whether a checkpoint of this rank is on its way in the background."""
+        self._row["is_writing"] = value
 
     @property
     def phase(self) -> Phase:
@@ -86,6 +91,10 @@ class Board:
     def steps_here(self, rank: int) -> int:
         """Steps that the rank has finished in this life."""
         return int(self._ranks["step"][rank] - self._ranks["first_step"][rank])
+
+    def is_writing(self, rank: int) -> bool:
+        """Whether the rank has begun to write a checkpoint in the background that is not committed yet."""
+        return bool(self._ranks["is_writing"][rank])
 
     def samples_read(self) -> int:
         """By all leaders together."""

@@ -30,6 +30,11 @@ class Report:
     def kills(self) -> list[Strike]:
         return [strike for strike in self.strikes if strike.disturbance.kind.startswith("kill")]
 
+    @property
+    def kills_while_writing(self) -> int:
+        """Kills of a rank that had a checkpoint on its way in the background."""
+        return sum(strike.was_writing for strike in self.kills)
+
     def per_phase(self) -> Counter[tuple[str, str]]:
         """Strikes by (phase, kind)."""
         return Counter((strike.phase, strike.disturbance.kind) for strike in self.strikes)
@@ -115,4 +120,5 @@ def _settings(config: RunConfig, life: Life) -> RunConfig:
     loader = config.data.loader.model_copy(update={"workers": life.workers})
     transport = "collective" if life.fills_disk else config.data.transport
     data = config.data.model_copy(update={"prefetch_steps": life.prefetch_steps, "loader": loader, "transport": transport})
-    return config.model_copy(update={"data": data})
+    train = config.train.model_copy(update={"async_save": life.async_save})
+    return config.model_copy(update={"data": data, "train": train})

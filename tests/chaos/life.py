@@ -46,10 +46,11 @@ class Pace:
 
 @dataclass(frozen=True)
 class Strike:
-    """A disturbance that took place, and what its victim was at."""
+    """A disturbance that took place, what its victim was at, and whether it was also writing a checkpoint in the background."""
 
     disturbance: Disturbance
     phase: Phase
+    was_writing: bool
 
 
 @dataclass(frozen=True)
@@ -149,7 +150,7 @@ class _Violence:
         for disturbance in self._life.disturbances:
             rank = self._victim(disturbance)
             if self._await(disturbance.moment, rank, began_s) and self._do(disturbance, rank):
-                strikes.append(Strike(disturbance, self._board.phase(rank)))
+                strikes.append(Strike(disturbance, self._board.phase(rank), self._board.is_writing(rank)))
         return tuple(strikes)
 
     def _victim(self, disturbance: Disturbance) -> int:

@@ -1,17 +1,19 @@
 """A rank of a run that is watched: it trains with the program's own code, and shows on the board what it is at.
 
-File operations of a save take FILE_PAUSE_S longer, without which a save of this small model would be over before anybody can strike
-between two of them.
+File operations of a save take FILE_PAUSE_S longer, and those of a save in the background BACKGROUND_PAUSE_S, without which a save of
+this small model would be over before anybody can strike between two of them.
 """
 
 import json
 import os
 import sys
+import threading
 import time
 import zlib
 from contextlib import suppress
 from pathlib import Path
 
+from megatron_keye.checkpoint.background import WRITING_THREAD
 from megatron_keye.checkpoint.manifest import MANIFEST
 from megatron_keye.config.schema import RunConfig
 from megatron_keye.data.loader import ReplicaData, ReplicaLoader
@@ -29,6 +31,7 @@ from tests.chaos.schedule import Phase
 from tests.tiny import runtime_here
 
 FILE_PAUSE_S = 0.004
+BACKGROUND_PAUSE_S = 0.1
 FILE_EVENTS = ("open", "os.rename", "os.remove", "os.rmdir", "os.mkdir")
 """What Python's audit hooks call the operations of a save."""
 PHASE_OF_BEAT: dict[str, Phase] = {"setup": "setup", "load": "restore", "step": "load", "save": "save"}
@@ -111,6 +114,9 @@ class WatchedTraining(Training):
     def _beat(self, step: int, phase: str) -> None:
         super()._beat(step, phase)
         self._place.finished(step)
+        if phase == "save":
+            # Either one is about to be committed, or the next to begin.
+            self._place.is_writing(False)
         self._place.enter(PHASE_OF_BEAT[phase])
 
     def _loader(self, dataset: MixedDataset) -> ReplicaLoader | None:
@@ -123,7 +129,13 @@ class WatchedTraining(Training):
         return WatchedFeed(self.run_dir.path / WITNESS, self._place, *arguments)
 
     def _on_file_operation(self, event: str, arguments: tuple) -> None:
-        if event not in FILE_EVENTS or self._place.phase not in ("save", "rename"):
+        if event not in FILE_EVENTS:
+            return
+        if threading.current_thread().name == WRITING_THREAD:
+            self._place.is_writing(True)
+            time.sleep(BACKGROUND_PAUSE_S)
+            return
+        if self._place.phase not in ("save", "rename"):
             return
         if event == "open" and str(arguments[0]).endswith(f".incomplete/{MANIFEST}"):
             self._place.enter("rename")

@@ -53,13 +53,14 @@ class Disturbance:
 @dataclass(frozen=True)
 class Life:
     """`disturbances` come in order, each once the one before is done; only the last may be fatal. `span_steps` is how many steps the
-    expected wall time has."""
+    expected wall time has. With `async_save`, checkpoints are written in the background."""
 
     layout: str
     prefetch_steps: int = 2
     workers: int = 0
     span_steps: int = 4
     disturbances: tuple[Disturbance, ...] = ()
+    async_save: bool = False
 
     @property
     def fills_disk(self) -> bool:
@@ -80,7 +81,7 @@ def _draw_life(rng: random.Random, layouts: Sequence[str]) -> Life:
     if workers or rng.random() < 0.3:
         kind: Kind = rng.choice(HARMLESS) if workers else "pause_rank"
         disturbances = (_draw(rng, kind), *disturbances)
-    return Life(rng.choice(list(layouts)), rng.randint(0, 3), workers, rng.randint(2, 6), disturbances)
+    return Life(rng.choice(list(layouts)), rng.randint(0, 3), workers, rng.randint(2, 6), disturbances, rng.random() < 0.5)
 
 
 def _draw(rng: random.Random, kind: Kind) -> Disturbance:

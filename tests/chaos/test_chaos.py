@@ -61,6 +61,14 @@ def test_restarts_at_the_beginning_a_window_edge_and_an_epoch_end_and_three_in_a
     assert report.worst_loss_difference == 0.0
 
 
+def test_kills_while_a_checkpoint_is_written_in_the_background(mixed, board, tmp_path):
+    """A save of every second step is under way when the step after it runs: the first is lost, and then the second but not the first."""
+    lives = [killed_in("encode", after_steps, async_save=True) for after_steps in (2, 4)]
+    report = run_campaign(mixed, lives, tmp_path, board, quiet)
+    assert report.kills_while_writing == 2
+    assert report.restarts == [[0, 2]]
+
+
 @pytest.mark.parametrize("room_bytes", [0, 64 << 10])
 def test_a_full_disk_ends_the_run_with_a_clear_error_and_it_goes_on_when_there_is_room(mixed, board, tmp_path, room_bytes):
     full = Disturbance("fill_disk", Moment(0.0, "load", 2), room_bytes=room_bytes)

@@ -52,6 +52,10 @@ def test_every_layout_is_drawn_and_has_a_place_on_the_board(layout):
     assert parse_layout(layout).world_size <= MAX_RANKS
 
 
+def test_half_of_the_lives_save_in_the_background():
+    assert 0.45 < sum(life.async_save for life in LIVES) / len(LIVES) < 0.55
+
+
 def test_layouts_can_be_narrowed():
     assert {life.layout for life in schedule(0, 30, ["dp2"])} == {"dp2"}
 
