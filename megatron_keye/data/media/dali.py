@@ -24,7 +24,8 @@ from megatron_keye.errors import UnsupportedError
 RULES = 1
 """Raised when other files are left to PyAV and Pillow, or when colours change."""
 CPU_CODECS = frozenset({"vp9", "mjpeg"})
-GPU_CODECS = CPU_CODECS | {"h264", "hevc", "av1", "mpeg4"}
+GPU_MIN_SIDES = {"h264": 48, "mpeg4": 48, "mjpeg": 64, "vp9": 128, "av1": 128, "hevc": 144}
+"""The codecs that GPUs decode, with the smallest frame, in pixels, that any of their video engines asks for."""
 CHUNK_BYTES = 256 << 20
 
 # Weights of red and blue in luma, by the number of the conversion. DALI takes every clip for BT.601, which other numbers mean here too.
@@ -67,7 +68,7 @@ class DaliDecoder:
         clip = inspect(blob)
         wanted = checked_indices(indices, clip.num_frames)
         self._require_hardware(blob, clip)
-        if clip.codec not in GPU_CODECS or not clip.is_plain:
+        if not self._takes(clip):
             yield from iter_frames(blob, wanted)
             return
         length = max(1, self._chunk_bytes // (clip.height * clip.width * 3))
@@ -77,8 +78,16 @@ class DaliDecoder:
     def _chunk(self, blob: bytes, wanted: tuple[int, ...]) -> np.ndarray:
         return _decoded(blob, lambda: self._videos(blob, wanted), lambda: deque(iter_frames(blob, wanted), maxlen=0))
 
+    def _takes(self, clip: StoredClip) -> bool:
+        """Whether DALI decodes it; PyAV does otherwise."""
+        if not clip.is_plain:
+            return False
+        if not self._backend.has_gpu:
+            return clip.codec in CPU_CODECS
+        return clip.codec in GPU_MIN_SIDES and min(clip.height, clip.width) >= GPU_MIN_SIDES[clip.codec]
+
     def _require_hardware(self, blob: bytes, clip: StoredClip) -> None:
-        if clip.codec in GPU_CODECS - CPU_CODECS and not self._backend.has_gpu:
+        if clip.codec in GPU_MIN_SIDES and clip.codec not in CPU_CODECS and not self._backend.has_gpu:
             raise UnsupportedError(
                 f"{describe_blob(blob)} has {clip.codec} video, which NVIDIA DALI decodes on GPUs only, and none is here: "
                 "set data.media.decoder=pyav, or decode where there is a GPU"

@@ -98,15 +98,24 @@ def stack(decoder, blob, indices):
     return np.stack(list(decoder.iter_frames(blob, indices)))
 
 
-@pytest.mark.parametrize("clip", [VP9, BFRAMES, {**BFRAMES, "rotation": 90}, {**BFRAMES, "rotation": 270}, {"codec": "libx265"}])
-def test_frames_are_those_of_the_other_decoder(encode_clip, clip):
-    blob, backend = encode_clip(**clip), FakeBackend()
+@pytest.mark.parametrize("has_gpu", [False, True])
+@pytest.mark.parametrize("rotation", [0, 90, 270])
+def test_frames_are_those_of_the_other_decoder(encode_clip, rotation, has_gpu):
+    clip = BFRAMES if has_gpu else {**VP9, "container": "mp4"}
+    blob, backend = encode_clip(**clip, rotation=rotation), FakeBackend(has_gpu)
     assert np.array_equal(stack(DaliDecoder(backend), blob, WANTED), decode_frames(blob, WANTED))
     assert backend.asked == [WANTED]
 
 
+@pytest.mark.parametrize("clip", [VP9, {"codec": "libx265"}, {"codec": "mjpeg", "pix_fmt": "yuvj420p"}])
+def test_a_clip_smaller_than_a_video_engine_takes_is_left_to_pyav(encode_clip, clip):
+    blob, backend = encode_clip(**clip), FakeBackend()
+    assert np.array_equal(stack(DaliDecoder(backend), blob, WANTED), decode_frames(blob, WANTED))
+    assert backend.asked == ([WANTED] if clip["codec"] == "mjpeg" else []), "96x160 pixels: enough for MJPEG alone"
+
+
 def test_only_so_many_frames_are_held_at_once(encode_clip, frame_number):
-    blob, backend = encode_clip(**VP9), FakeBackend()
+    blob, backend = encode_clip(**BFRAMES), FakeBackend()
     frames = DaliDecoder(backend, chunk_bytes=2 * 96 * 160 * 3 + 1).iter_frames(blob, WANTED)
     assert frame_number(next(frames)) == 0
     assert backend.asked == [(0, 1)]
@@ -204,7 +213,7 @@ def test_a_failed_pipeline_is_opened_anew_and_used_until_the_next_error():
 def test_a_whole_medium_that_fails_twice_is_unsupported_and_not_bad(encode_clip):
     backend = FakeBackend()
     decoder = DaliDecoder(backend)
-    for decode in (lambda: decoder.read_image(encoded("JPEG"), "keye_vl_1_5"), lambda: stack(decoder, encode_clip(**VP9), WANTED)):
+    for decode in (lambda: decoder.read_image(encoded("JPEG"), "keye_vl_1_5"), lambda: stack(decoder, encode_clip(**BFRAMES), WANTED)):
         backend.fails = [True, True]
         with pytest.raises(UnsupportedError, match="RuntimeError: NVDEC is tired.*nothing wrong: set data.media.decoder=pyav, or drop it"):
             decode()
