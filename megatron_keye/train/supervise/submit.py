@@ -62,7 +62,7 @@ def parser() -> argparse.ArgumentParser:
     add("--min-nodes", type=int, metavar="M", help="go on with as few nodes when others are lost (default: N)")
     add("--spare-nodes", type=int, default=0, metavar="K", help="ask for K nodes more, to replace lost ones (default: 0)")
     add("--io-nodes", type=int, default=0, metavar="I", help="CPU nodes with I/O servers, in the same (heterogeneous) job (default: 0)")
-    add("--preflight", choices=("off", "basic", "full"), default="basic", help="checks of nodes before a job's first attempt (default: basic)")
+    add("--preflight", choices=("off", "basic", "full"), default="basic", help="checks of the nodes before a job trains (default: basic)")
     add("--after", metavar="JOB", help="wait for the success of this job")
     add("--continues", default="", metavar="RUN_DIR", help="start from the last checkpoint of this run, which must be complete by then")
     add("--max-failures", type=int, default=20, metavar="F", help="attempts that may fail in all (default: 20)")
