@@ -31,7 +31,7 @@ from tests.chaos.schedule import Phase
 from tests.tiny import runtime_here
 
 FILE_PAUSE_S = 0.004
-BACKGROUND_PAUSE_S = 0.1
+BACKGROUND_PAUSE_S = 0.3
 FILE_EVENTS = ("open", "os.rename", "os.remove", "os.rmdir", "os.mkdir")
 """What Python's audit hooks call the operations of a save."""
 PHASE_OF_BEAT: dict[str, Phase] = {"setup": "setup", "load": "restore", "step": "load", "save": "save"}
