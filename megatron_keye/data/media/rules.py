@@ -31,9 +31,7 @@ _PRESETS = {
     "report": replace(_RELEASED, total_tokens=75_000, min_frame_similarity=0.95),  # arXiv 2509.01563, section 2
 }
 # keye-vl-utils 1.0.0: 90 % of 128,000 tokens for the whole clip.
-_PREVIEW = VideoRules(
-    fps=2.0, min_frame_tokens=128, max_frame_tokens=768, total_tokens=115_200, min_frame_similarity=0.0, max_frames=768
-)
+_PREVIEW = VideoRules(fps=2.0, min_frame_tokens=128, max_frame_tokens=768, total_tokens=115_200, min_frame_similarity=0.0, max_frames=768)
 
 
 def video_rules(config: VideoConfig, variant: Variant) -> VideoRules:

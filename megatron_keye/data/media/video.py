@@ -1,16 +1,15 @@
 """Video files to frames: exactly the frame that was asked for, or an error that says why not.
 
 Frames are numbered in the order they are shown. A file is read twice: first only its packets, for the presentation
-timestamps (PTS) that name the frames, then its frames, from the first to the last one wanted. There is no seeking, which
-goes wrong in MPEG-TS and gains nothing where every group of pictures holds a wanted frame.
+timestamps (PTS) that name the frames, then its frames, from the first to the last one wanted. There is no seeking, which goes
+wrong in MPEG-TS: packets that no wanted frame needs are read and not decoded (`groups.py`).
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from io import BytesIO
 from itertools import pairwise
-from typing import NamedTuple
 
 import av
 import numpy as np
@@ -18,6 +17,7 @@ from av.container import InputContainer
 from av.video.stream import VideoStream
 
 from megatron_keye.data.media.blobs import describe_blob
+from megatron_keye.data.media.groups import PacketHeader, is_clean_start, needed_packets
 from megatron_keye.errors import DataError
 
 DECODER_ID = f"pyav-{av.__version__}-ffmpeg-{av.ffmpeg_version_info}-rules-1"
@@ -76,15 +76,8 @@ class _Timeline:
     num_frames: int
     fps: float
     duration_s: float
-
-
-class _Packet(NamedTuple):
-    """The header of a packet; its data is not kept."""
-
-    pts: int | None
-    duration: int
-    is_keyframe: bool
-    is_discard: bool
+    packets: tuple[PacketHeader, ...] = ()
+    """Where `pts` are known."""
 
 
 def probe(blob: bytes) -> VideoInfo:
@@ -167,16 +160,18 @@ def _timeline(blob: bytes) -> _Timeline:
     last_duration = next(p.duration for p in packets if p.pts == shown[-1])
     duration_s = (shown[-1] - shown[0] + last_duration) * time_base_s
     fps = _frame_rate(blob, declared_fps, len(shown), duration_s)
-    return _Timeline(codec, shown, len(shown) == len(packets), len(shown), fps, duration_s)
+    return _Timeline(codec, shown, len(shown) == len(packets), len(shown), fps, duration_s, tuple(packets))
 
 
-def _packet_headers(blob: bytes, container: InputContainer, stream: VideoStream) -> list[_Packet]:
+def _packet_headers(blob: bytes, container: InputContainer, stream: VideoStream) -> list[PacketHeader]:
+    codec, codec_header = stream.codec_context.name, bytes(stream.codec_context.extradata or b"")
     headers = []
     for packet in container.demux(stream):
         if packet.is_corrupt:
             raise DataError(f"cannot decode a video: found {describe_blob(blob)} with damaged packets; restore or drop it")
         if packet.size:  # the last one, which flushes the decoder, is empty
-            headers.append(_Packet(packet.pts, packet.duration or 0, packet.is_keyframe, packet.is_discard))
+            is_clean = packet.is_keyframe and is_clean_start(codec, codec_header, bytes(packet))
+            headers.append(PacketHeader(packet.pts, packet.duration or 0, packet.is_keyframe, packet.is_discard, is_clean))
     return headers
 
 
@@ -243,20 +238,34 @@ def _numbered(
 ) -> Iterator[tuple[int, av.VideoFrame]]:
     """The decoded frames among `wanted`, with their numbers. Raises DataError for a frame the decoder calls damaged."""
     names = None if timeline.pts is None else {timeline.pts[i]: i for i in wanted}
-    skippable = names is not None and stream.codec_context.name in _SKIPPABLE_CODECS
+    is_skippable = names is not None and timeline.codec in _SKIPPABLE_CODECS
+    frames = _frames_worth_decoding(container, stream, timeline, names) if is_skippable else container.decode(stream)
     wanted_numbers = frozenset(wanted)
-    count = 0
-    for packet in container.demux(stream):
-        if skippable:
-            stream.codec_context.skip_frame = "DEFAULT" if packet.pts in names else "NONREF"
-        for frame in packet.decode():
-            # Frames that nobody wants are checked as well: others refer to them.
-            if frame.is_corrupt:
-                raise DataError(f"cannot decode a video: found {describe_blob(blob)} with damaged frames; restore or drop it")
-            number = count if names is None else names.get(frame.pts)
-            count += 1
-            if number in wanted_numbers:
-                yield number, frame
+    for count, frame in enumerate(frames):
+        # Frames that nobody wants are checked as well: others refer to them.
+        if frame.is_corrupt:
+            raise DataError(f"cannot decode a video: found {describe_blob(blob)} with damaged frames; restore or drop it")
+        number = count if names is None else names.get(frame.pts)
+        if number in wanted_numbers:
+            yield number, frame
+
+
+def _frames_worth_decoding(
+    container: InputContainer, stream: VideoStream, timeline: _Timeline, wanted_pts: Collection[int]
+) -> Iterator[av.VideoFrame]:
+    """The frames at `wanted_pts`, and those that they may refer to."""
+    context = stream.codec_context
+    needed = needed_packets(timeline.packets, wanted_pts)
+    packets = (packet for packet in container.demux(stream) if packet.size)
+    for packet, header, is_needed, follows_needed in zip(packets, timeline.packets, needed, [True, *needed], strict=False):
+        if not is_needed:
+            continue
+        if header.is_clean_start and not follows_needed:
+            yield from context.decode(None)
+            context.flush_buffers()
+        context.skip_frame = "DEFAULT" if packet.pts in wanted_pts else "NONREF"
+        yield from packet.decode()
+    yield from context.decode(None)
 
 
 def _upright_rgb(frame: av.VideoFrame) -> np.ndarray:
