@@ -47,8 +47,8 @@ OVERLOAD_REQUESTS = 24
 OVERLOAD_QUEUE = 8
 
 
-BITS_PER_PIXEL = 0.09
-"""Of web video: 1.1 Mbit/s at 480p, 2.5 at 720p, 5.6 at 1080p."""
+WEB_BITS_PER_PIXEL = 0.09
+"""1.1 Mbit/s at 480p, 2.5 at 720p, 5.6 at 1080p."""
 BOOTSTRAPS = 2000
 OWN_DECODER = decoder_id(PYAV)
 
@@ -73,8 +73,8 @@ class Pair:
         return self.local_s / (self.front_s + self.workers_s)
 
 
-def make_clip(path: Path, codec: str, seconds: int, height: int, seed: int) -> None:
-    """A clip with B-frames at the bit rate of web video: a picture of smoothed noise that pans, with grain."""
+def make_clip(path: Path, codec: str, seconds: int, height: int, seed: int, bits_per_pixel: float = WEB_BITS_PER_PIXEL) -> None:
+    """A clip with B-frames: a picture of smoothed noise that pans, with grain."""
     rng = np.random.default_rng(seed)
     width = height * 16 // 9 // 2 * 2
     noise = rng.integers(0, 256, (height // 4, width // 2, 3), dtype=np.uint8)
@@ -83,7 +83,7 @@ def make_clip(path: Path, codec: str, seconds: int, height: int, seed: int) -> N
     with av.open(stream, "w", format="mp4") as container:
         track = container.add_stream(codec, rate=FRAME_RATE, options={"preset": "fast"})
         track.width, track.height, track.pix_fmt = width, height, "yuv420p"
-        track.bit_rate = int(BITS_PER_PIXEL * FRAME_RATE * width * height)
+        track.bit_rate = int(bits_per_pixel * FRAME_RATE * width * height)
         for number in range(seconds * FRAME_RATE):
             shift = number * 2 % width
             grain = rng.integers(0, 12, (height, width, 1), dtype=np.uint8)
@@ -217,6 +217,7 @@ def main() -> None:
     parser.add_argument("--clips", type=int, default=2)
     parser.add_argument("--seconds", type=int, default=16, help="length of a clip")
     parser.add_argument("--height", type=int, default=480)
+    parser.add_argument("--bits-per-pixel", type=float, default=WEB_BITS_PER_PIXEL, help="bit rate, by default that of web video")
     parser.add_argument("--codec", default="h264", help="an encoder of PyAV: h264, hevc, ...")
     args = parser.parse_args()
     use_one_thread()
@@ -224,7 +225,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         paths = [Path(folder) / f"{number}.mp4" for number in range(args.clips)]
         for number, path in enumerate(paths):
-            make_clip(path, args.codec, args.seconds, args.height, number)
+            make_clip(path, args.codec, args.seconds, args.height, number, args.bits_per_pixel)
         jobs = [job_of(stored(path), OWN_DECODER) for path in paths]
         print(
             f"{len(jobs)} {args.codec} clips of {len(jobs[0].frames)} frames, {sum(job.num_bytes for job in jobs):,} bytes encoded, "
