@@ -58,7 +58,7 @@ class CheckpointTensors:
         spec = self.specs[name]
         wanted = Rectangle(start, 0, stop - start, matrix_shape(spec.shape)[1])
         key = f"{WEIGHT}/{name}"
-        whole = self._reader.view(key, wanted)
+        whole = self._reader.rows(key, wanted)
         if whole is not None:
             return whole
         rows = torch.empty(wanted.num_rows, wanted.num_columns, dtype=spec.dtype)

@@ -20,6 +20,7 @@ import torch
 import xxhash
 from torch import Tensor
 
+from megatron_keye.checkpoint.ranges import matrix_shape
 from megatron_keye.errors import CheckpointError
 
 DTYPE_NAMES = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
@@ -27,10 +28,8 @@ DTYPES = {name: dtype for dtype, name in DTYPE_NAMES.items()}
 Block = bytes | np.ndarray
 OnBytes = Callable[[int], object]
 """Told the number of bytes that have just been done."""
-CHUNK_BYTES = 8 << 20
-"""Most bytes of a block on its way from a tensor to the disk. Small enough for memory that is freed to be used again."""
-READ_BYTES = 1 << 20
-"""Of a file that is only looked at, into a buffer that stays in the processor's cache."""
+CHUNK_BYTES = 1 << 20
+"""Most bytes of a block on its way from a file or tensor to the disk: it stays in the processor's cache."""
 WRITE_BACK_BYTES = 128 << 20
 """Most bytes, or nearly so, that wait for the disk while more are made."""
 MAX_HEADER_BYTES = 100 << 20
@@ -77,18 +76,14 @@ def write_recorded(
     chunks: Callable[[str], Iterable[Tensor]],
     on_block: Callable[[Block], object] = lambda block: None,
 ) -> FileRecord:
-    """As `write_stream`, with a checksum that a thread computes one block behind: hashing leaves the interpreter's lock."""
-    digest, hashing = xxhash.xxh3_128(), None
-    with ThreadPoolExecutor(max_workers=1) as pool:
+    """As `write_stream`, with a checksum: a block that was just written is still in the processor's cache."""
+    digest = xxhash.xxh3_128()
 
-        def hash_and_tell(block: Block) -> None:
-            nonlocal hashing
-            if hashing is not None:
-                hashing.result()
-            hashing = pool.submit(digest.update, block)
-            on_block(block)
+    def hash_and_tell(block: Block) -> None:
+        digest.update(block)
+        on_block(block)
 
-        num_bytes = write_stream(path, specs, chunks, hash_and_tell)
+    num_bytes = write_stream(path, specs, chunks, hash_and_tell)
     return FileRecord(path.name, num_bytes, digest.hexdigest())
 
 
@@ -201,7 +196,7 @@ def file_damage(folder: Path, record: FileRecord, on_bytes: OnBytes = lambda num
         return torn
     path = folder / record.name
     try:
-        digest, buffer = xxhash.xxh3_128(), memoryview(bytearray(READ_BYTES))
+        digest, buffer = xxhash.xxh3_128(), memoryview(bytearray(CHUNK_BYTES))
         with open(path, "rb", buffering=0) as file:
             while num_bytes := file.readinto(buffer):
                 digest.update(buffer[:num_bytes])
@@ -214,15 +209,16 @@ def file_damage(folder: Path, record: FileRecord, on_bytes: OnBytes = lambda num
 
 
 class TensorFile:
-    """A safetensors file, mapped into memory: reading costs page cache and no memory of the process."""
+    """A safetensors file, to be looked at through a memory map, which costs page cache and no memory of the process, or read in rows."""
 
     def __init__(self, path: Path):
         """Raises CheckpointError where the file is missing, cut off, or not of this format."""
         try:
-            with open(path, "rb") as file:
-                (header_bytes,) = struct.unpack("<Q", file.read(8))
-                text = file.read(min(header_bytes, MAX_HEADER_BYTES))
-                num_bytes = os.fstat(file.fileno()).st_size - 8 - header_bytes
+            self._file = open(path, "rb", buffering=0)
+            (header_bytes,) = struct.unpack("<Q", self._file.read(8))
+            text = self._file.read(min(header_bytes, MAX_HEADER_BYTES))
+            num_bytes = os.fstat(self._file.fileno()).st_size - 8 - header_bytes
+            self._header_bytes = 8 + header_bytes
             if len(text) != header_bytes:
                 raise ValueError(f"its header has {len(text):,} of {header_bytes:,} bytes")
             header = json.loads(text)
@@ -252,6 +248,19 @@ class TensorFile:
         if not spec.num_bytes:
             return torch.empty(spec.shape, dtype=spec.dtype)
         return torch.from_numpy(self._data[start : start + spec.num_bytes]).view(spec.dtype).view(spec.shape)
+
+    def rows(self, name: str, start: int, stop: int) -> Tensor:
+        """Rows [start, stop) of the tensor as a matrix, in memory of their own. Of data that is read once, this costs less than a map.
+
+        Raises CheckpointError where the file has become shorter.
+        """
+        spec = self._specs[name]
+        rows = torch.empty(stop - start, matrix_shape(spec.shape)[1], dtype=spec.dtype)
+        if rows.nbytes:
+            place = self._header_bytes + self._starts[name] + start * (rows.nbytes // (stop - start))
+            if os.preadv(self._file.fileno(), [rows.view(torch.uint8).numpy()], place) != rows.nbytes:
+                raise CheckpointError(f"{self._file.name} was cut off while it was read; copy it again, or use another one")
+        return rows
 
 
 def _checked_start(name: str, entry: Mapping, num_bytes: int) -> int:

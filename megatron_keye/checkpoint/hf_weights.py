@@ -11,7 +11,6 @@ from torch.distributed import ProcessGroup
 
 from megatron_keye.checkpoint.collective import together
 from megatron_keye.checkpoint.files import OnBytes, TensorFile, TensorSpec, write_stream, write_text
-from megatron_keye.checkpoint.ranges import matrix_shape
 from megatron_keye.checkpoint.tensors import TensorSource, divide, require_shapes, row_blocks, total_bytes
 from megatron_keye.config.json_file import read_json_object
 from megatron_keye.errors import CheckpointError
@@ -62,8 +61,7 @@ class HfTensors:
         return self._holder(name).tensor(name)[index]
 
     def read_rows(self, name: str, start: int, stop: int) -> Tensor:
-        tensor = self._holder(name).tensor(name)
-        return tensor.view(matrix_shape(tuple(tensor.shape)))[start:stop]
+        return self._holder(name).rows(name, start, stop)
 
     def _locate(self) -> dict[str, str]:
         """File name by tensor name. The index decides where there is one."""

@@ -116,14 +116,15 @@ class CheckpointReader:
         if found != wanted.numel:
             raise CheckpointError(f"{self.path} holds {found} of {wanted.numel} elements of {wanted} of {key}; use another checkpoint")
 
-    def view(self, key: str, wanted: Rectangle) -> Tensor | None:
-        """Rectangle `wanted` of tensor `key` as a view of its file, where one stored rectangle holds all of it; else None."""
+    def rows(self, key: str, wanted: Rectangle) -> Tensor | None:
+        """Whole rows `wanted` of tensor `key`, where one stored rectangle holds all of them; else None."""
         record = self.manifest.tensors[key]
         for number in record.files:
             file, places = self._places(number)
             for name, stored in places.get(key, ()):
-                if stored.common(wanted) == wanted:
-                    return file.tensor(name)[wanted.index_within(stored)]
+                if stored.common(wanted) == wanted and stored.num_columns == wanted.num_columns:
+                    first = wanted.row - stored.row
+                    return file.rows(name, first, first + wanted.num_rows)
         return None
 
     def _index(self, number: int) -> tuple[TensorFile, dict[str, list[tuple[str, Rectangle]]]]:

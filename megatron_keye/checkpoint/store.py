@@ -49,7 +49,7 @@ def save_checkpoint(folder: Path, state: TrainingState, run: RunRecord, identity
 
     Returns the checkpoint's folder. A step that was saved before is saved again beside it, as `step_00000123_1`, and
     replaces it. Later steps, which a run leaves behind when it goes back, stay until it reaches them again. Host memory used
-    beyond the state itself: two chunks of 8 MiB.
+    beyond the state itself: a chunk of 1 MiB.
     Raises CheckpointError on all ranks, leaving earlier checkpoints as they were, when any rank could not save.
     """
     unfinished = UnfinishedCheckpoint(folder, run, identity, keep, state.world)
