@@ -3,6 +3,7 @@
 import os
 import re
 import signal
+from contextlib import suppress
 
 import pytest
 
@@ -94,11 +95,15 @@ def test_preemption_that_cancels(drill: Drill, undisturbed):
 
 @pytest.mark.slow
 def test_everything_is_killed_without_warning(drill: Drill, undisturbed):
-    """The supervisor too: nobody is left to save or to requeue, and the same command goes on from the last save."""
+    """The supervisor first: nobody is left to save or to requeue, and the same command goes on from the last save."""
     job = drill.submit()
     drill.wait_for_step(30)
-    drill.cluster.run("scancel", "--full", "--signal=KILL", job)
+    for program in ("megatron_keye.train.supervise", "megatron_keye.train.cli train"):
+        for pid in [pid for node in drill.cluster.gpu_nodes for pid in drill.cluster.processes(node, program)]:
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
     drill.wait_for_end_of(job)
+    assert drill.cluster.job(job, "JobState") == "FAILED"
     assert drill.causes() == []
     drill.submit()
     drill.wait_until(lambda: drill.causes() == ["vanished", "done"], "the end")
