@@ -69,9 +69,8 @@ def test_servers_that_die_one_after_the_other_change_nothing(tiny, local, server
     deaths = {2: (servers[0].pid, signal.SIGKILL), 4: (servers[1].pid, signal.SIGKILL)}
     path, weights, counts_by_rank = run_with_servers(tiny, tmp_path, deaths, registered(tmp_path))
     assert_same_run(path, weights, local)
-    for counts in counts_by_rank:
-        assert counts["remote"] > 0
-        assert counts["failed"] > 0
+    assert all(counts["remote"] > 0 for counts in counts_by_rank)
+    # What is asked of the dead before their leases end fails, and may be nothing on one of the ranks; then pixels are made here.
     assert sum(counts.get("local", 0) for counts in counts_by_rank) > 0
 
 
