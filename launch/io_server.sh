@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# One I/O server on this node, inside the container if there is one: REGISTRY SECRET_FILE WORKERS ROOT... Not for people;
+# One I/O server on this node, inside the container if there is one: REGISTRY SECRET_FILE WORKERS ROOT... [OPTIONS]. Not for people;
 # the array job of launch/io_servers.sh runs it, and the supervisor of a run that has CPU nodes of its own.
 set -euo pipefail
 # shellcheck source=launch/lib.sh

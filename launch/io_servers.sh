@@ -6,23 +6,25 @@ set -euo pipefail
 
 usage() {
     cat <<'HELP'
-usage: launch/io_servers.sh --registry DIR --root DIR [--root DIR ...] [options]
+usage: launch/io_servers.sh --registry DIR --root DIR [--root DIR ...] [options] [-- OPTIONS]
 
 Start I/O servers on CPU nodes, one per node. Runs find them in the registry, a shared folder in which each server keeps a
 lease; a run goes on without servers, more slowly, and uses them again when they are back. A server whose node is lost, or
 whose time is over, is put into the queue again.
 
   --registry DIR      shared folder for the leases
-  --root DIR          folder whose files the servers may read (data of the runs); may be given more than once
+  --root DIR          folder or URL whose files the servers may read (data of the runs); may be given more than once
   --nodes N           how many servers (default: 1)
   --partition P       CPU partition (default: SITE_IO_PARTITION of launch/site.env)
   --cpus N            cores of one server, and its decoding processes (default: SITE_IO_CPUS, else 16)
   --time T            time limit after which a server starts anew (default: 1-00:00:00)
   --secret-file F     secret that runs must know (default: DIR/secret of the registry, made if it is not there)
   --dry-run           show the job, submit nothing
+  -- OPTIONS          further options of keye io-server, such as --disk-cache
 
-example:
+examples:
   launch/io_servers.sh --registry /shared/io --root /shared/train --nodes 4
+  launch/io_servers.sh --registry /shared/io --root s3://bucket/train -- --disk-cache /scratch/media --disk-cache-gib 200
   launch/train.sh ... --set data.media.registry=/shared/io data.media.secret_file=/shared/io/secret
 
 end them: scancel -n keye-io
@@ -34,11 +36,12 @@ HELP
 
 load_site
 find_python
-registry="" roots=() nodes=1 partition=${SITE_IO_PARTITION:-} cpus=${SITE_IO_CPUS:-16} time=1-00:00:00 secret="" dry_run=0
+registry="" roots=() nodes=1 partition=${SITE_IO_PARTITION:-} cpus=${SITE_IO_CPUS:-16} time=1-00:00:00 secret="" dry_run=0 further=()
 while [[ $# -gt 0 ]]; do
     case $1 in
         -h | --help) usage; exit 0 ;;
         --dry-run) dry_run=1; shift; continue ;;
+        --) further=("${@:2}"); break ;;
     esac
     [[ $# -ge 2 ]] || die "$1 needs a value; see --help"
     case $1 in
@@ -65,4 +68,4 @@ fi
 export SITE_PARTITION=$partition
 submit "$dry_run" --job-name=keye-io --array="1-$nodes" --nodes=1 --ntasks=1 --cpus-per-task="$cpus" --exclusive --requeue \
     --time="$time" --signal=B:USR1@60 --open-mode=append --output="$registry/server-%a.log" \
-    "$keye_root/launch/io_servers.sbatch" "$keye_root" "$registry" "$secret" "$cpus" "${roots[@]}"
+    "$keye_root/launch/io_servers.sbatch" "$keye_root" "$registry" "$secret" "$cpus" "${roots[@]}" ${further[@]+"${further[@]}"}

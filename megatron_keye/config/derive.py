@@ -91,7 +91,7 @@ def check_settings(config: RunConfig) -> list[str]:
         *_check_stages(config),
         *_check_lengths(config),
         *_check_media(config),
-        *_check_places(config),
+        *_check_storage(config),
         *_check_training(config),
     ]
 
@@ -202,11 +202,8 @@ def _check_media(config: RunConfig) -> Iterator[str]:
         yield f"data.video.min_frame_tokens = {lowest} is above data.video.total_tokens = {video.total_tokens}: no frame would fit"
 
 
-def _check_places(config: RunConfig) -> Iterator[str]:
-    data = config.data
-    if (data.media.servers or data.media.registry is not None) and "://" in f"{data.train} {data.valid}":
-        yield "data.media names I/O servers, which read files alone, and data.train or data.valid is a URL: use one or the other"
-    storage = data.storage
+def _check_storage(config: RunConfig) -> Iterator[str]:
+    storage = config.data.storage
     if 0 < storage.cache_bytes <= storage.chunk_bytes:
         yield (
             f"data.storage.cache_bytes = {storage.cache_bytes} is not above data.storage.chunk_bytes = {storage.chunk_bytes}, so that no "

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_keye.config.schema import StorageConfig
+from megatron_keye.data.locations import is_url
 from megatron_keye.data.remote_store import RemoteStore
 from megatron_keye.data.shards import Span
 from megatron_keye.data.span_cache import SpanCache
@@ -98,10 +99,6 @@ class Blobs:
                 raise Refused("missing", str(error)) from error
 
         return read
-
-
-def is_url(path: str) -> bool:
-    return "://" in path
 
 
 def _store(url: str) -> RemoteStore:

@@ -11,6 +11,7 @@ import numpy as np
 from megatron_keye.config.schema import DataConfig, MediaConfig
 from megatron_keye.contract.media import PATCH_VALUES, SampleShape
 from megatron_keye.data.dataset import Dataset
+from megatron_keye.data.locations import is_url
 from megatron_keye.data.media.decoder import decoder_id, open_decoder
 from megatron_keye.data.places import Member, WebAddress
 from megatron_keye.data.sources import LoadCounts, LoadedSample, MediaCounts, Requests, Results, Source, read_each
@@ -18,7 +19,6 @@ from megatron_keye.data.stored import StoredMedium
 from megatron_keye.errors import DataError, KeyeError, SettingsError
 from megatron_keye.io_server.attempts import Timeouts
 from megatron_keye.io_server.auth import load_secret
-from megatron_keye.io_server.blobs import is_url
 from megatron_keye.io_server.client import ClientSettings, MediaClient, Poisonous
 from megatron_keye.io_server.fleet import Fleet
 from megatron_keye.io_server.protocol import DecodeJob
@@ -62,7 +62,7 @@ class RemoteSource:
     def read(self, sample: int, shape: SampleShape) -> LoadedSample:
         """As `local.read`, DataError included: a server's word that a medium is damaged is confirmed here.
 
-        Servers read files alone, so a sample with a medium at a web address is read here."""
+        Servers read data sets alone, so a sample with a medium at a web address is read here."""
         media = self._dataset.stored_media(sample)
         if any(isinstance(medium.place, WebAddress) for medium in media):
             return self._read_here(sample, shape, len(media))

@@ -62,7 +62,7 @@ class Job:
     io_nodes: int
     """CPU nodes for I/O servers of its own, as a second component of the job; 0 for a job without."""
     io_roots: tuple[str, ...]
-    """Folders that those servers may read."""
+    """Folders and URLs that those servers may read."""
     continues: str
     """The run whose last checkpoint this one starts from, which must be complete by then; empty for none."""
     site: Site

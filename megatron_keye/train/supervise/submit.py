@@ -105,7 +105,7 @@ def make_job(args: argparse.Namespace) -> tuple[Job, RunConfig]:
             min_time_left_s=args.lead_s + 60.0,
         ),
         io_nodes=args.io_nodes,
-        io_roots=data_folders(config) if args.io_nodes else (),
+        io_roots=data_roots(config) if args.io_nodes else (),
         continues=args.continues,
         site=site_from_environment(os.environ),
     )
@@ -113,18 +113,25 @@ def make_job(args: argparse.Namespace) -> tuple[Job, RunConfig]:
 
 
 def _own_servers(config: RunConfig, run_dir: Path) -> tuple[str, str]:
-    """Settings with which a run finds the I/O servers of its own job. Raises SettingsError where it names others."""
+    """Settings with which a run finds the I/O servers of its own job. Raises SettingsError where it can have none."""
     if config.data.media.servers or config.data.media.registry is not None:
         raise SettingsError("--io-nodes starts I/O servers for this run alone, and data.media names others: use one or the other")
+    if config.data.media.decoder != "pyav":
+        raise SettingsError(
+            f"--io-nodes asks for CPU nodes, which do not decode as data.media.decoder={config.data.media.decoder} does where GPUs train: "
+            "set it to pyav, or leave --io-nodes out"
+        )
     return f"data.media.registry={io_registry(run_dir)}", f"data.media.secret_file={io_secret(run_dir)}"
 
 
-def data_folders(config: RunConfig) -> tuple[str, ...]:
-    """The folders that the run's data lie in. Raises DataError for a mixture that cannot be read."""
-    from megatron_keye.data.mixture import read_mixture  # loads what other runs do not need here
+def data_roots(config: RunConfig) -> tuple[str, ...]:
+    """The folders and URLs that the run's data lie in. Raises DataError for a mixture that cannot be read."""
+    from megatron_keye.data.locations import is_url  # these load what other runs do not need here
+    from megatron_keye.data.mixture import read_mixture
 
     places = [place for place in (config.data.train, config.data.valid) if place is not None]
-    return tuple(sorted({str(Path(part.path).absolute()) for place in places for part in read_mixture(place).sources}))
+    paths = {part.path for place in places for part in read_mixture(place).sources}
+    return tuple(sorted(path if is_url(path) else str(Path(path).absolute()) for path in paths))
 
 
 def node_counts(config: RunConfig, nodes: int, min_nodes: int, gpus_per_node: int) -> tuple[int, ...]:

@@ -54,7 +54,6 @@ PROBLEMS = [
     (["data.image.min_tokens=300"], 1, "data.image.min_tokens = 300 is above"),
     (["data.video.min_frame_tokens=65"], 1, "data.video.min_frame_tokens = 65 is above data.video.max_frame_tokens = 64"),
     (["data.video.total_tokens=3"], 1, "no frame would fit"),
-    (["data.train=s3://a/b", "data.media.servers=[http://n:1]"], 1, "read files alone, and data.train or data.valid is a URL"),
     (["optimizer.decay_steps=10"], 1, "optimizer.warmup_steps = 100 is above optimizer.decay_steps = 10"),
     (["model.freeze=[vision, projector, embedding, decoder]"], 1, "nothing would train"),
     (["data.valid=null"], 1, "name a held-out set"),

@@ -117,14 +117,14 @@ def test_a_run_with_io_servers_of_its_own(tmp_path, monkeypatch):
     mixture = tmp_path / "mixture.yaml"
     mixture.write_text("sources: [{name: a, path: sets/a}, {name: b, path: /data/b}]")
     run = tmp_path / "x"
-    job = made("debug", "--run-dir", str(run), "--io-nodes", "2", "--set", f"data.train={mixture}", "data.valid=/data/valid")
+    job = made("debug", "--run-dir", str(run), "--io-nodes", "2", "--set", f"data.train={mixture}", "data.valid=s3://bucket/valid")
     assert (job.io_nodes, job.site.io_cpus) == (2, 4)
-    assert job.io_roots == tuple(sorted(("/data/b", "/data/valid", str(tmp_path / "sets/a"))))
+    assert job.io_roots == tuple(sorted(("/data/b", "s3://bucket/valid", str(tmp_path / "sets/a"))))
     assert job.arguments[-2:] == (f"data.media.registry={run}/io_servers", f"data.media.secret_file={run}/io_servers/secret")
 
 
 @pytest.mark.parametrize(
-    ("setting", "said"), [("data.media.registry=/shared/io", "use one or the other"), ("data.train=s3://bucket/train", "read files alone")]
+    ("setting", "said"), [("data.media.registry=/shared/io", "use one or the other"), ("data.media.decoder=dali", "set it to pyav")]
 )
 def test_io_servers_that_a_run_cannot_have(tmp_path, setting, said):
     with pytest.raises(SettingsError, match=said):
@@ -232,3 +232,11 @@ def test_launchers_teach_and_show_what_they_would_do(script, arguments, tmp_path
         shown = say(*(("--dry-run", *arguments) if script.endswith("sbatch") else (*arguments, "--dry-run")))
         assert "sbatch" in shown or "srun" in shown
     assert list(tmp_path.iterdir()) == []
+
+
+def test_options_of_servers_are_passed_on():
+    environment = {**os.environ, "SITE_PYTHON": sys.executable}
+    command = [ROOT / "launch/io_servers.sh", "--registry", "/shared/io", "--root", "s3://b/a", "--root", "/data", "--dry-run"]
+    done = subprocess.run([*command, "--", "--disk-cache", "/scratch"], capture_output=True, text=True, timeout=60, env=environment)
+    assert done.returncode == 0, done.stderr
+    assert "s3://b/a /data --disk-cache /scratch" in done.stdout
