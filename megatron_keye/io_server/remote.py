@@ -8,11 +8,10 @@ from pathlib import Path
 
 import numpy as np
 
-from megatron_keye.config.schema import DataConfig, MediaConfig
+from megatron_keye.config.schema import MediaConfig
 from megatron_keye.contract.media import PATCH_VALUES, SampleShape
 from megatron_keye.data.dataset import Dataset
 from megatron_keye.data.locations import is_url
-from megatron_keye.data.media.decoder import decoder_id, open_decoder
 from megatron_keye.data.places import Member, WebAddress
 from megatron_keye.data.sources import LoadCounts, LoadedSample, MediaCounts, Requests, Results, Source, read_each
 from megatron_keye.data.stored import StoredMedium
@@ -130,15 +129,13 @@ def job_of(medium: StoredMedium, own_decoder_id: str) -> DecodeJob:
     )
 
 
-def connect(data: DataConfig) -> RemoteMedia | None:
+def connect(settings: MediaConfig, own_decoder_id: str) -> RemoteMedia | None:
     """The servers that the settings name, or None where they name none. Raises SettingsError for what is no URL, and a bad secret file."""
-    settings = data.media
     if not settings.servers and settings.registry is None:
         return None
     strange = [url for url in settings.servers if not re.fullmatch(r"http://[^/\s]+:\d+", url)]
     if strange:
         raise SettingsError(f"data.media.servers has {', '.join(strange)}: expected http://HOST:PORT")
-    own_decoder_id = decoder_id(open_decoder(settings.decoder))
     fleet = Fleet(settings.servers, None if settings.registry is None else Path(settings.registry), own_decoder_id)
     return RemoteMedia(MediaClient(fleet, _client_settings(settings)), own_decoder_id)
 

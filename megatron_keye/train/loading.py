@@ -18,7 +18,7 @@ class Loading:
         self.decoder_id = decoder_id(open_decoder(config.data.media.decoder))
         """Of all pixels, wherever they are made: a server with another one is not asked."""
         self._sets = [dataset for _, dataset in sets]
-        self.media = connect(config.data)
+        self.media = connect(config.data.media, self.decoder_id)
         self.workers = None
         if config.data.loader.workers:
             described = [SampleSet(location, config.model.variant, config.data, dataset.fingerprint) for location, dataset in sets]

@@ -36,7 +36,7 @@ def data_config(folder, **media) -> DataConfig:
 
 def open_set(folder, tokenizer, variant, **media):
     config = data_config(folder, **media)
-    return Dataset.open(folder, tokenizer, variant, config), connect(config)
+    return Dataset.open(folder, tokenizer, variant, config), connect(config.media, decoder_id(PYAV))
 
 
 def remote_source(dataset, media):
@@ -70,7 +70,7 @@ def test_a_set_at_a_url_is_read_by_the_servers(indexed, tokenizer, tmp_path):
         server = real_server(tmp_path, roots=(url,), disk=DiskCache(tmp_path / "disk", 1 << 30), decode_s=60.0)
         storage = StorageConfig(cache=str(tmp_path / "index"))
         config = data_config(url, servers=(server.url,)).model_copy(update={"storage": storage})
-        dataset, media = Dataset.open(url, tokenizer, VARIANTS[0], config), connect(config)
+        dataset, media = Dataset.open(url, tokenizer, VARIANTS[0], config), connect(config.media, decoder_id(PYAV))
         remote = remote_source(dataset, media)
         for sample in range(len(dataset)):
             there = remote.read(sample, dataset.shape(sample)).patches
@@ -90,7 +90,7 @@ def test_segments_of_a_job_are_those_of_the_plan(indexed, tokenizer, variant):
 
 
 def test_without_servers_in_the_settings_there_is_no_client(tmp_path):
-    assert connect(data_config(tmp_path)) is None
+    assert connect(data_config(tmp_path).media, decoder_id(PYAV)) is None
 
 
 def test_all_servers_gone_means_local_pixels(indexed, tokenizer):
@@ -262,6 +262,6 @@ def test_the_decoder_id_names_the_decoder_what_resizes_and_what_comes_out(real):
 
 def test_settings_that_make_no_client_are_named(tmp_path):
     with pytest.raises(SettingsError, match="expected http://HOST:PORT"):
-        connect(data_config(tmp_path, servers=("node1:7300",)))
+        connect(data_config(tmp_path, servers=("node1:7300",)).media, decoder_id(PYAV))
     with pytest.raises(SettingsError, match="cannot read the secret file"):
-        connect(data_config(tmp_path, servers=("http://node1:7300",), secret_file=str(tmp_path / "none")))
+        connect(data_config(tmp_path, servers=("http://node1:7300",), secret_file=str(tmp_path / "none")).media, decoder_id(PYAV))
