@@ -96,13 +96,16 @@ class Cluster:
         command = ["unshare", "--uts", "--pid", "--mount", "--fork", "--kill-child", "--mount-proc", "bash", "-c", A_NODE, "node", node]
         self._booted[node] = self._start(self._enter(*command), node)
 
+    def boot_lost_nodes(self) -> None:
+        """Those that crashed, and were not booted since."""
+        for node in self.nodes:
+            if node not in self._booted:
+                self.boot(node)
+
     def crash(self, node: str) -> None:
         """Power loss: slurmd, steps and tasks are gone at once."""
         os.kill(self._node_init(node), signal.SIGKILL)
         self._booted.pop(node).wait()
-
-    def is_up(self, node: str) -> bool:
-        return node in self._booted
 
     def freeze(self, node: str) -> None:
         """Nothing runs, and sockets stay open."""

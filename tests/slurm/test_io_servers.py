@@ -23,9 +23,7 @@ def cluster(tmp_path_factory):
 def whole_cluster(cluster):
     """Every drill leaves all nodes up, and idle."""
     yield
-    for node in cluster.nodes:
-        if not cluster.is_up(node):
-            cluster.boot(node)
+    cluster.boot_lost_nodes()
     cluster.run("scancel", "--me")
     cluster.wait_until_idle()
 

@@ -14,9 +14,8 @@ NOTICED_WITHIN_S = 60.0
 def whole_cluster(cluster):
     """Every drill leaves all nodes up."""
     yield
+    cluster.boot_lost_nodes()
     for node in cluster.nodes:
-        if not cluster.is_up(node):
-            cluster.boot(node)
         cluster.thaw(node)
     cluster.wait_until_idle()
 
