@@ -89,7 +89,7 @@ def _one_thread() -> None:
 
 def _index_shard(shard: Path, tokenizer_folder: Path, rules: MediaRules, storage: StorageConfig, count: SharedCount) -> ShardIndex:
     tokenizer = load_tokenizer(tokenizer_folder, rules.variant)
-    rows, problems = [], []
+    rows, problems, looked_at = [], [], count.map()
     with ThreadPoolExecutor(READ_AHEAD) as pool:
         for (key, _), sample in _read_ahead(pool, partial(_read_sample, shard, storage), iter_samples(shard)):
             place = f"{shard.name}:{key}"
@@ -98,7 +98,7 @@ def _index_shard(shard: Path, tokenizer_folder: Path, rules: MediaRules, storage
             except DataError as error:
                 text = str(error)
                 problems.append((place, text if text.startswith(place) else f"{place}: {text}"))
-            count.raise_by_one()
+            looked_at += 1
     return shard_index(shard.name, shard.stat().st_size, rows, problems)
 
 

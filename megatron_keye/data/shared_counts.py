@@ -8,13 +8,14 @@ import numpy as np
 
 @dataclass(frozen=True, slots=True)
 class SharedCount:
-    """One job's own number, in a file that all of them map."""
+    """One job's own number, in a file that all of them map. It may be sent to the job's process."""
 
     path: str
     number: int
 
-    def raise_by_one(self) -> None:
-        np.memmap(self.path, np.int64, "r+")[self.number] += 1
+    def map(self) -> np.ndarray:
+        """int64 [1], to add to: the file itself."""
+        return np.memmap(self.path, np.int64, "r+", offset=self.number * np.dtype(np.int64).itemsize, shape=1)
 
 
 class SharedCounts:
