@@ -7,7 +7,7 @@ from pathlib import Path
 
 from megatron_keye.config.schema import StorageConfig
 from megatron_keye.data.record import Media
-from megatron_keye.data.web_media import web_bytes
+from megatron_keye.data.web_media import shown, web_bytes
 from megatron_keye.errors import DataError
 
 
@@ -18,8 +18,9 @@ def media_bytes(media: Media, folder: Path, where: str, storage: StorageConfig) 
     """
     blob = _bytes(media, folder, where, storage)
     if media.sha256 is not None and hashlib.sha256(blob).hexdigest() != media.sha256:
+        address = shown(media.address) if media.origin == "web" else media.address
         raise DataError(
-            f"{where}: the bytes of {media.address:.200} do not have their sha256: damaged, or another {media.kind}; restore them, or "
+            f"{where}: the bytes of {address:.200} do not have their sha256: damaged, or another {media.kind}; restore them, or "
             "correct the record"
         )
     return blob

@@ -200,12 +200,13 @@ def test_the_checksum_in_the_ledger_follows_media_at_web_addresses(web, tokenize
 
 def test_a_checksum_in_the_record_is_held_when_indexing(web):
     good = (web.folder / "web.jsonl").read_text().splitlines()[0]
-    record = {"id": "a", "document": [{"type": "image", "image": f"{web.url}/media/0.png", "sha256": "0" * 64}]}
+    web.faults.redirects["/media/0.png?key=KEY"] = "/media/0.png"
+    record = {"id": "a", "document": [{"type": "image", "image": f"{web.url}/media/0.png?key=KEY", "sha256": "0" * 64}]}
     (source := web.folder / "one.jsonl").write_text(json.dumps(record) + "\n" + good + "\n")
     write_shards(source, web.folder / "one", plan_shards(source, 1 << 20, web.storage, keep_web=True))
     (shard,) = web.index("one")
     ((_, reason),) = shard.problems
-    assert "/media/0.png do not have their sha256" in reason
+    assert f"{web.url}/media/0.png do not have their sha256" in reason  # without the key
 
 
 def test_workers_fetch_and_say_when_a_host_is_gone(web, tokenizer):
