@@ -47,6 +47,7 @@ class Connection:
         self._max_body_bytes = max_body_bytes
         writer.transport.set_write_buffer_limits(high=0)  # `drain` waits until all is on its way
         self._http = h11.Connection(h11.SERVER, max_incomplete_event_size=MAX_HEADER_BYTES)
+        self._wants_body = True
 
     @property
     def can_go_on(self) -> bool:
@@ -58,11 +59,13 @@ class Connection:
 
     async def next_request(self) -> Request | None:
         """None where the client is done. Raises Refused for what is no good request, and Gone."""
+        self._wants_body = True
         try:
             async with asyncio.timeout(IDLE_S):
                 head = await self._next_event()
             if not isinstance(head, h11.Request):
                 return None
+            self._wants_body = head.method != b"HEAD"
             async with asyncio.timeout(REQUEST_S):
                 body = await self._body()
         except h11.RemoteProtocolError as error:
@@ -73,30 +76,36 @@ class Connection:
         return Request(head.method.decode("latin-1"), head.target.decode("latin-1"), headers, body)
 
     async def respond(self, status: int, headers: Sequence[tuple[str, str]], body: bytes | Slab, *, keep_open: bool) -> None:
-        """Send one answer. Raises Gone where the client does not take it."""
+        """Send one answer, of which a HEAD request gets the head alone. Raises Gone where the client does not take it."""
         lines = [("content-length", str(len(body))), *headers]
         if not keep_open or self._http.their_state is not h11.DONE:
             lines.append(("connection", "close"))
         head = self._http.send(h11.Response(status_code=status, headers=lines))
-        is_plain = isinstance(body, bytes)
-        self._http.send_with_data_passthrough(h11.Data(data=body))  # counted, not touched
+        sent = body if self._wants_body else b""
+        is_plain = isinstance(sent, bytes)
+        if sent:
+            self._http.send_with_data_passthrough(h11.Data(data=sent))  # counted, not touched
         try:
             async with asyncio.timeout(PIECE_S):
-                self._writer.write(head + body if is_plain else head)
+                self._writer.write(head + sent if is_plain else head)
                 await self._writer.drain()
             if not is_plain:
-                await self._send_slab(body)
+                await self._send_slab(sent)
         except (OSError, TimeoutError) as error:
             self._writer.transport.abort()
             raise Gone from error
         self._http.send(h11.EndOfMessage())
 
     async def closed(self) -> None:
-        """Returns when the client closes the connection, or sends what nobody asked for yet. For use between request and answer."""
-        data = await self._reader.read(READ_BYTES)
-        if data:
+        """Returns when the client closes the connection, unless it sends what nobody asked for yet. For use between request and answer.
+
+        Requests that wait behind this one are not read on and on: their memory would be the client's to choose.
+        """
+        if not self._http.trailing_data[0]:
+            if not (data := await self._reader.read(READ_BYTES)):
+                return
             self._http.receive_data(data)
-            await asyncio.Event().wait()
+        await asyncio.Event().wait()
 
     async def linger(self) -> None:
         """Discard what the client still sends for a moment: closing on unread bytes would take back the answer."""
@@ -106,9 +115,12 @@ class Connection:
                     pass
 
     async def close(self) -> None:
-        with suppress(OSError):
-            self._writer.close()
-            await self._writer.wait_closed()
+        """Ends within LINGER_S, also where the client takes nothing of what is left to send."""
+        self._writer.close()
+        with suppress(OSError, TimeoutError):
+            async with asyncio.timeout(LINGER_S):
+                await self._writer.wait_closed()
+        self._writer.transport.abort()
 
     async def _next_event(self) -> h11.Event:
         while (event := self._http.next_event()) is h11.NEED_DATA:

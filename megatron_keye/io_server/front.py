@@ -192,9 +192,9 @@ class Front:
 
     async def _answer(self, request: Request) -> Answer:
         try:
-            if request.method == "GET" and request.path == HEALTH_PATH:
+            if request.method in ("GET", "HEAD") and request.path == HEALTH_PATH:
                 return self._health()
-            if request.method == "GET" and request.path == METRICS_PATH:
+            if request.method in ("GET", "HEAD") and request.path == METRICS_PATH:
                 return self._metrics_text()
             if request.method == "POST" and request.path == DECODE_PATH:
                 return await self._decode(request)
