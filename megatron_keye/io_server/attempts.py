@@ -76,13 +76,15 @@ class Attempt:
         self._connections, self.url, self._job, self._deadline_s = connections, url, job, deadline_s
         self._socket: socket.socket | None = None
         self._cancelled = False
+        self._lock = threading.Lock()
 
     def cancel(self) -> None:
         """End it from another thread; the server sees the connection close and stops its work."""
-        self._cancelled = True
-        if self._socket is not None:
-            with suppress(OSError):
-                self._socket.shutdown(socket.SHUT_RDWR)
+        with self._lock:  # or the connection might be another attempt's by now
+            self._cancelled = True
+            if self._socket is not None:
+                with suppress(OSError):
+                    self._socket.shutdown(socket.SHUT_RDWR)
 
     def run(self) -> np.ndarray:
         """uint8 [result_bytes], checked, in memory that is lent until nothing refers to it. Raises AttemptFailed."""
@@ -92,9 +94,11 @@ class Attempt:
                 try:
                     return self._exchange(kept)
                 except ConnectionError:  # the server had closed it, which says nothing about now
+                    if self._cancelled:
+                        raise
                     self._connections.drop(self.url)
             return self._exchange(self._connect())
-        except (OSError, http.client.HTTPException) as error:
+        except (OSError, UnicodeError, http.client.HTTPException) as error:  # UnicodeError: of names that are none of the DNS
             raise AttemptFailed(f"{self.url}: {type(error).__name__}: {error}") from error
 
     def _connect(self) -> http.client.HTTPConnection:
@@ -105,16 +109,18 @@ class Attempt:
         return connection
 
     def _exchange(self, connection: http.client.HTTPConnection) -> np.ndarray:
-        self._socket = connection.sock
         response = None
         try:
-            if self._cancelled:
-                raise AttemptFailed(f"{self.url}: cancelled")
+            with self._lock:
+                if self._cancelled:
+                    raise AttemptFailed(f"{self.url}: cancelled")
+                self._socket = connection.sock
             self._send(connection)
             response = connection.getresponse()
             return self._read(response)
         finally:
-            self._socket = None
+            with self._lock:
+                self._socket = None
             if response is not None and response.isclosed() and not response.will_close:  # read to its end
                 self._connections.give_back(self.url, connection)
             else:

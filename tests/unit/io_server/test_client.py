@@ -8,9 +8,10 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from megatron_keye.io_server.attempts import Timeouts
+from megatron_keye.io_server.attempts import Attempt, AttemptFailed, Connections, Timeouts
+from megatron_keye.io_server.buffers import BufferPool
 from megatron_keye.io_server.client import ByteCredits, HedgeClock, Poisonous
-from tests.unit.io_server.serving import RunningServer, as_bytes, client_of, clip_job, expected, job_for, post, wait_until
+from tests.unit.io_server.serving import CLIENT, MIB, RunningServer, as_bytes, client_of, clip_job, expected, job_for, post, wait_until
 
 
 def first_choice(client, job):
@@ -104,6 +105,32 @@ def test_a_slow_server_is_hedged_and_the_loser_stops(pair, write):
     assert as_bytes(answer) == expected(job, path)
     assert client.counts.values == {"remote": 1, "hedged": 1, "hedge_won": 1}
     wait_until(lambda: first.pool.counts["cancelled"] == 1 and not first.pool.running)
+
+
+def test_a_cancelled_attempt_ends_its_own_connection_and_no_other(start_server, write):
+    server = start_server(num_workers=2)
+    connections = Connections(CLIENT.timeouts, None, BufferPool(MIB))
+    slow, quick = (Attempt(connections, server.url, job, time.monotonic() + 20) for job in
+                   (clip_job(write("sleep 0.1"), 100), job_for(write("quick"))))  # fmt: skip
+    for connection in [slow._connect() for _ in range(3)]:
+        connections.give_back(server.url, connection)
+    with ThreadPoolExecutor(1) as threads:
+        ending = threads.submit(slow.run)
+        wait_until(lambda: server.pool.running)
+        slow.cancel()
+        with pytest.raises(AttemptFailed):
+            ending.result(5)
+    quick.run()
+    quick.cancel()  # too late: its connection may be in use again
+    assert len(connections._idle[server.url]) == 2
+    quick = Attempt(connections, server.url, job_for(write("quick")), time.monotonic() + 20)
+    assert as_bytes(quick.run()) == expected(job_for(write("quick")), write("quick"))
+
+
+def test_a_name_that_none_can_be_is_a_failure_of_the_server(write):
+    client = client_of("http://node..1:7300")
+    assert client.fetch(job_for(write("picture"))) is None
+    assert "UnicodeError" in client.counts.last_failure
 
 
 def test_a_server_that_hangs_is_hedged_then_left_alone(pair, listener, write):
