@@ -4,10 +4,11 @@ import hashlib
 import threading
 import time
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from megatron_keye.io_server.registry import live_leases
+from megatron_keye.io_server.registry import Lease, live_leases
 
 FAILURES_TO_OPEN = 3
 """Consecutive failures after which a server is left alone."""
@@ -71,6 +72,7 @@ class Fleet:
     unlike: tuple[str, ...] = ()
     """Servers of the registry that are not asked for that reason, as last read."""
     _servers: dict[str, Server] = field(default_factory=dict)
+    _leases: list[Lease] = field(default_factory=list)
     _lock: threading.Lock = field(default_factory=threading.Lock)
     _read_s: float | None = None
 
@@ -85,7 +87,9 @@ class Fleet:
         if self._read_s is not None and (self.registry is None or self.clock() - self._read_s < REREAD_S):
             return
         self._read_s = self.clock()
-        leases = [] if self.registry is None else live_leases(self.registry)
-        self.unlike = tuple(lease.url for lease in leases if lease.decoder_id != self.decoder_id)
-        wanted = dict.fromkeys((*self.urls, *(lease.url for lease in leases if lease.decoder_id == self.decoder_id)))
+        if self.registry is not None:
+            with suppress(OSError):  # a shared folder that cannot be listed for a moment: what was known holds
+                self._leases = live_leases(self.registry)
+        self.unlike = tuple(lease.url for lease in self._leases if lease.decoder_id != self.decoder_id)
+        wanted = dict.fromkeys((*self.urls, *(lease.url for lease in self._leases if lease.decoder_id == self.decoder_id)))
         self._servers = {url: self._servers.get(url) or Server(url, Breaker(self.clock)) for url in wanted}

@@ -92,17 +92,13 @@ class Front:
         try:
             self._decoder_id = await self._pool.start()
             server = await self._listen()
-            renewing = asyncio.create_task(self._renew_lease())
+            lease = asyncio.create_task(self._keep_lease())
             self._log("listening", url=self.url, decoder_id=self._decoder_id, workers=settings.pool.num_workers)
             self.ready.set()
             await self._draining.wait()
             self._log("draining", requests=self._busy)
-            renewing.cancel()
-            if settings.registry is not None:
-                with suppress(OSError):
-                    remove_lease(settings.registry, self.url)
             server.close()
-            await self._drain()
+            await asyncio.gather(lease, self._drain())
         finally:
             await self._pool.close()
         self._log("stopped")
@@ -130,14 +126,21 @@ class Front:
             task.cancel()
         await asyncio.gather(*self._connections, return_exceptions=True)
 
-    async def _renew_lease(self) -> None:
+    async def _keep_lease(self) -> None:
+        """Renew this server's lease until it drains, then take it back: in one place, so that none is written after that."""
         settings = self._settings
-        while settings.registry is not None:
+        if settings.registry is None:
+            return
+        while not self._draining.is_set():
             try:
                 await asyncio.to_thread(write_lease, settings.registry, self.url, self._decoder_id, settings.pool.num_workers)
             except OSError as error:
                 self._log("lease not written", reason=str(error))
-            await asyncio.sleep(RENEW_S)
+            with suppress(TimeoutError):
+                async with asyncio.timeout(RENEW_S):
+                    await self._draining.wait()
+        with suppress(OSError):
+            await asyncio.to_thread(remove_lease, settings.registry, self.url)
 
     async def _accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         task = asyncio.current_task()

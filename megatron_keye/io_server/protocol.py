@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import re
 from itertools import pairwise
 from typing import Annotated, Literal, Self
 
@@ -126,6 +127,12 @@ def parse_job(text: bytes) -> DecodeJob:
         first = error.errors(include_url=False, include_input=False, include_context=False)[0]
         place = ".".join(map(str, first["loc"])) or "request"
         raise Refused("bad_request", f"{place}: {first['msg']}; {error.error_count()} problems in all") from error
+
+
+def is_server_url(text: str) -> bool:
+    """Whether it is http://HOST:PORT, and nothing more."""
+    found = re.fullmatch(r"http://[^/\s]+:(\d{1,5})", text)
+    return found is not None and int(found[1]) < 1 << 16
 
 
 def _num_patches(size: tuple[int, int]) -> int:

@@ -6,6 +6,8 @@ import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from megatron_keye.io_server.protocol import is_server_url
+
 LEASE_S = 30.0
 RENEW_S = 5.0
 
@@ -38,12 +40,16 @@ def remove_lease(folder: Path, url: str) -> None:
 
 
 def live_leases(folder: Path) -> list[Lease]:
-    """Leases that have not run out, by URL. Files that cannot be read are passed over: another will be there soon."""
-    leases = []
+    """Leases that have not run out, by URL. Files that hold none are passed over: another will be there soon.
+
+    Raises OSError where the folder is there and cannot be listed.
+    """
+    leases, now_s = [], time.time()
     for path in sorted(folder.glob("*.json")):
         try:
-            leases.append(Lease(**json.loads(path.read_bytes())))
+            lease = Lease(**json.loads(path.read_bytes()))
+            if lease.expires_s > now_s and is_server_url(lease.url):
+                leases.append(lease)
         except (OSError, ValueError, TypeError):
             continue
-    now_s = time.time()
-    return sorted((lease for lease in leases if lease.expires_s > now_s), key=lambda lease: lease.url)
+    return sorted(leases, key=lambda lease: lease.url)

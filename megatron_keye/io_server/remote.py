@@ -1,7 +1,6 @@
 """Samples whose pixels come from servers, and from the local source where no server has them: the same bytes either way."""
 
 import os
-import re
 import threading
 from concurrent.futures import Future
 from pathlib import Path
@@ -20,7 +19,7 @@ from megatron_keye.io_server.attempts import Timeouts
 from megatron_keye.io_server.auth import load_secret
 from megatron_keye.io_server.client import ClientSettings, MediaClient, Poisonous
 from megatron_keye.io_server.fleet import Fleet
-from megatron_keye.io_server.protocol import DecodeJob
+from megatron_keye.io_server.protocol import DecodeJob, is_server_url
 
 
 class RemoteMedia:
@@ -133,7 +132,7 @@ def connect(settings: MediaConfig, own_decoder_id: str) -> RemoteMedia | None:
     """The servers that the settings name, or None where they name none. Raises SettingsError for what is no URL, and a bad secret file."""
     if not settings.servers and settings.registry is None:
         return None
-    strange = [url for url in settings.servers if not re.fullmatch(r"http://[^/\s]+:\d+", url)]
+    strange = [url for url in settings.servers if not is_server_url(url)]
     if strange:
         raise SettingsError(f"data.media.servers has {', '.join(strange)}: expected http://HOST:PORT")
     fleet = Fleet(settings.servers, None if settings.registry is None else Path(settings.registry), own_decoder_id)

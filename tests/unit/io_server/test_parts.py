@@ -16,7 +16,7 @@ from megatron_keye.errors import SettingsError
 from megatron_keye.io_server.auth import load_secret
 from megatron_keye.io_server.fleet import FAILURES_TO_OPEN, OPEN_S, REREAD_S, Breaker, Fleet, rendezvous
 from megatron_keye.io_server.metrics import Metrics
-from megatron_keye.io_server.protocol import DecodeJob, Refused, parse_job
+from megatron_keye.io_server.protocol import DecodeJob, Refused, is_server_url, parse_job
 from megatron_keye.io_server.registry import LEASE_S, lease_path, live_leases, remove_lease, write_lease
 from megatron_keye.io_server.results import Results
 from megatron_keye.io_server.slabs import SlabBudget
@@ -108,11 +108,32 @@ def test_leases_run_out_and_half_written_ones_are_passed_over(tmp_path, monkeypa
     write_lease(tmp_path / "new", "http://b:7300", "d", 4)
     (tmp_path / "new" / "c.json").write_text('{"url": "http://c')
     (tmp_path / "new" / "d.json").write_text('{"url": "http://d:1"}')
+    for name, wrong in {"e": {"url": "http://e:99999"}, "f": {"url": "file:///f"}, "g": {"expires_s": "never"}}.items():
+        lease = {"url": f"http://{name}:1", "decoder_id": "d", "num_workers": 1, "expires_s": 1e12}
+        (tmp_path / "new" / f"{name}.json").write_text(json.dumps(lease | wrong))
     assert [lease.url for lease in live_leases(tmp_path / "new")] == ["http://a:7300", "http://b:7300"]
     path = lease_path(tmp_path / "new", "http://a:7300")
     path.write_text(json.dumps(json.loads(path.read_text()) | {"expires_s": json.loads(path.read_text())["expires_s"] - LEASE_S - 1}))
     assert [lease.url for lease in live_leases(tmp_path / "new")] == ["http://b:7300"]
     assert live_leases(tmp_path / "none") == []
+
+
+def test_a_registry_that_cannot_be_listed_for_a_moment_loses_no_server(tmp_path):
+    (folder := tmp_path / "registry").mkdir()
+    write_lease(folder, "http://a:1", "mine", 1)
+    fleet = Fleet(("http://fixed:1",), folder, "mine", clock=(clock := Clock()))
+    assert len(fleet.ranked(b"key")) == 2
+    clock.now_s += REREAD_S
+    fleet.registry = tmp_path / ("x" * 300)  # no file system has such a name
+    with pytest.raises(OSError, match="File name too long"):
+        live_leases(fleet.registry)
+    assert len(fleet.ranked(b"key")) == 2
+
+
+@pytest.mark.parametrize("url", ["http://node1:7300", "http://[::1]:1", "http://10.0.0.1:65535"])
+def test_urls_of_servers(url):
+    assert is_server_url(url)
+    assert not any(map(is_server_url, (f"{url}/", f"{url}00000", url[7:], url.replace("http", "https"), url.rpartition(":")[0])))
 
 
 def test_a_slab_gives_its_bytes_back_and_cannot_be_changed_once_frozen():

@@ -261,7 +261,8 @@ def test_the_decoder_id_names_the_decoder_what_resizes_and_what_comes_out(real):
 
 
 def test_settings_that_make_no_client_are_named(tmp_path):
-    with pytest.raises(SettingsError, match="expected http://HOST:PORT"):
-        connect(data_config(tmp_path, servers=("node1:7300",)).media, decoder_id(PYAV))
+    for strange in ("node1:7300", "http://node1:73000"):
+        with pytest.raises(SettingsError, match=f"has {strange}: expected http://HOST:PORT"):
+            connect(data_config(tmp_path, servers=(strange,)).media, decoder_id(PYAV))
     with pytest.raises(SettingsError, match="cannot read the secret file"):
         connect(data_config(tmp_path, servers=("http://node1:7300",), secret_file=str(tmp_path / "none")).media, decoder_id(PYAV))
