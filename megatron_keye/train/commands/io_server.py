@@ -4,6 +4,9 @@ import argparse
 import asyncio
 import http.client
 import json
+import math
+import os
+import re
 import signal
 from pathlib import Path
 from typing import get_args
@@ -15,7 +18,8 @@ from megatron_keye.io_server.auth import load_secret
 from megatron_keye.io_server.blobs import Blobs, DiskCache, is_url
 from megatron_keye.io_server.front import Front, ServerSettings
 from megatron_keye.io_server.pool import PoolSettings, worker_command
-from megatron_keye.io_server.protocol import HEALTH_PATH
+from megatron_keye.io_server.protocol import HEALTH_PATH, is_server_url
+from megatron_keye.io_server.registry import live_leases
 from megatron_keye.io_server.worker import WorkerLimits
 
 HELP = """Serve decoded pixels to training runs, bit for bit those that they would decode themselves.
@@ -25,7 +29,8 @@ EXAMPLES = """\
   keye io-server --listen 127.0.0.1:7300 --workers 8 --root /data/shards       # for runs on this machine
   keye io-server --listen 0.0.0.0:7300 --workers 64 --root /data/shards \\
       --secret-file run/secret --registry run/io_servers                       # for a cluster
-  keye io-server status http://node1:7300 http://node2:7300                    # exit code 0 where all are well"""
+  keye io-server status http://node1:7300 http://node2:7300                    # exit code 0 where all are well
+  keye io-server status --registry run/io_servers"""
 
 STATUS_TIMEOUT_S = 5.0
 MIB, GIB = 1 << 20, 1 << 30
@@ -35,11 +40,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--listen", metavar="HOST:PORT", help="where to listen; port 0 takes a free one and says which")
     parser.add_argument("--workers", type=int, default=1, metavar="N", help="decoding processes; about one per core (default: 1)")
     parser.add_argument("--decoder", choices=get_args(DecoderName), default="pyav", help="data.media.decoder of the runs (default: pyav)")
-    parser.add_argument("--root", nargs="+", default=[], metavar="PATH", help="folders and URLs whose files may be read, and no others")
+    roots_help = "folders and URLs whose files may be read, and no others; may be given more than once"
+    parser.add_argument("--root", nargs="+", action="extend", default=[], metavar="PATH", help=roots_help)
     parser.add_argument("--secret-file", metavar="F", help="secret that runs must know (data.media.secret_file)")
     parser.add_argument("--registry", metavar="DIR", help="shared folder in which runs find this server (data.media.registry)")
     parser.add_argument("--advertise", metavar="HOST", help="name by which runs reach this server (default: that of --listen)")
-    parser.add_argument("--queue", type=int, metavar="N", help="requests that may wait for a worker (default: 4 per worker)")
+    parser.add_argument("--queue", type=int, metavar="N", help="requests that may wait for a worker, or 0 (default: 4 per worker)")
     parser.add_argument("--memory-mib", type=int, default=4096, metavar="M", help="all results together, cached ones too (default: 4096)")
     parser.add_argument("--disk-cache", metavar="DIR", help="keep media that were read in this folder, on a disk of this node")
     parser.add_argument("--disk-cache-gib", type=float, default=64, metavar="G", help="most bytes of --disk-cache (default: 64)")
@@ -48,12 +54,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--drain-s", type=float, default=60.0, metavar="S", help="time to finish after SIGTERM (default: 60)")
     actions = parser.add_subparsers(dest="action", metavar="status")
     status = actions.add_parser("status", help="ask servers how they are")
-    status.add_argument("urls", nargs="+", metavar="URL")
+    status.add_argument("urls", nargs="*", metavar="URL", help="http://HOST:PORT")
+    status.add_argument("--registry", default=argparse.SUPPRESS, metavar="DIR", help="all servers that announce themselves there")
 
 
 def run(args: argparse.Namespace) -> int:
     if args.action == "status":
-        return _status(args.urls)
+        return _status(_asked(args))
     asyncio.run(serve(_settings(args)))
     return 0
 
@@ -73,12 +80,19 @@ def _settings(args: argparse.Namespace) -> ServerSettings:
     if not colon or not host or not port.isdigit() or int(port) > 65535:
         raise SettingsError(f"--listen is {args.listen!r}: expected HOST:PORT, such as 127.0.0.1:7300")
     for name in ("workers", "memory_mib", "worker_memory_mib", "decode_timeout_s", "drain_s", "disk_cache_gib"):
-        if vars(args)[name] <= 0:
-            raise SettingsError(f"--{name.replace('_', '-')} is {vars(args)[name]}: expected more than 0")
+        if not 0 < vars(args)[name] < math.inf:
+            raise SettingsError(f"--{name.replace('_', '-')} is {vars(args)[name]}: expected more than 0, and finite")
+    if args.queue is not None and args.queue < 0:
+        raise SettingsError(f"--queue is {args.queue}: expected 0 or more")
+    if args.advertise is not None and not re.fullmatch(r"[\w.-]+|[0-9a-fA-F:.]+", args.advertise):
+        raise SettingsError(f"--advertise is {args.advertise!r}: expected the name or address of this machine alone, such as node1")
+    if "" in args.root:
+        raise SettingsError("--root is empty: expected a folder or URL; `.` is the current folder")
+    registry = None if args.registry is None else _registry(Path(args.registry))
     roots = tuple(root if is_url(root) else str(Path(root).resolve()) for root in args.root)
     disk = None if args.disk_cache is None else DiskCache(Path(args.disk_cache).resolve(), int(args.disk_cache_gib * GIB))
     Blobs(roots, disk)
-    queue_jobs = 4 * args.workers if args.queue is None else max(args.queue, 0)
+    queue_jobs = 4 * args.workers if args.queue is None else args.queue
     limits = WorkerLimits(args.worker_memory_mib * MIB, args.decode_timeout_s)
     return ServerSettings(
         host=host.strip("[]"),
@@ -87,9 +101,33 @@ def _settings(args: argparse.Namespace) -> ServerSettings:
         memory_bytes=args.memory_mib * MIB,
         drain_s=args.drain_s,
         secret=None if args.secret_file is None else load_secret(Path(args.secret_file)),
-        registry=None if args.registry is None else Path(args.registry),
+        registry=registry,
         advertise=args.advertise,
     )
+
+
+def _registry(folder: Path) -> Path:
+    """The folder, made where it was not there. Raises SettingsError where no lease can be written: no run would ever find the server."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise SettingsError(f"--registry {folder}: cannot make it: {error.strerror}; name a folder that all nodes share") from error
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise SettingsError(f"--registry {folder} cannot be written by this user; name another folder, or change its mode")
+    return folder
+
+
+def _asked(args: argparse.Namespace) -> list[str]:
+    """URLs of the servers to ask. Raises SettingsError where there are none."""
+    if strange := [url for url in args.urls if not is_server_url(url)]:
+        raise SettingsError(f"found {', '.join(strange)}: expected http://HOST:PORT, as a server says when it starts")
+    urls = args.urls
+    if args.registry is not None:
+        urls = [*urls, *(lease.url for lease in live_leases(Path(args.registry)))]
+    if not urls:
+        where = "name servers by URL, or by --registry" if args.registry is None else f"no server has a valid lease in {args.registry}"
+        raise SettingsError(where)
+    return urls
 
 
 def _status(urls: list[str]) -> int:

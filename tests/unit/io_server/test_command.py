@@ -19,6 +19,16 @@ from tests.unit.io_server.serving import wait_until
         (["--listen", "127.0.0.1:0"], "name at least one folder or URL with --root"),
         (["--listen", "127.0.0.1:0", "--root", "/no/such"], "--root /no/such: no such folder"),
         (["--listen", "127.0.0.1:0", "--root", "/tmp", "--workers", "0"], "--workers is 0: expected more than 0"),
+        (["--listen", "127.0.0.1:0", "--root", "/tmp", "--disk-cache-gib", "inf"], "--disk-cache-gib is inf: expected more than 0"),
+        (["--listen", "127.0.0.1:0", "--root", "/tmp", "--drain-s", "nan"], "--drain-s is nan: expected more than 0"),
+        (["--listen", "127.0.0.1:0", "--root", "/tmp", "--queue", "-1"], "--queue is -1: expected 0 or more"),
+        (["--listen", "127.0.0.1:0", "--root", "/tmp", "--advertise", "http://node1"], "expected the name or address of this machine"),
+        (["--listen", "127.0.0.1:0", "--root", ""], "--root is empty"),
+        (["--listen", "127.0.0.1:0", "--root", "/no/such", "--root", "/tmp"], "--root /no/such: no such folder"),
+        (["--listen", "127.0.0.1:0", "--root", "/tmp", "--registry", "/proc/none"], "--registry /proc/none: cannot make it"),
+        (["status"], "name servers by URL, or by --registry"),
+        (["status", "--registry", "/no/such"], "no server has a valid lease in /no/such"),
+        (["status", "node1:7300"], "found node1:7300: expected http://HOST:PORT"),
         (["--listen", "0.0.0.0:0", "--root", "/tmp"], "without --secret-file"),
         (["--listen", "127.0.0.1:0", "--root", "/tmp", "--disk-cache", "/tmp/cache"], "lies in a --root"),
     ],
@@ -47,6 +57,8 @@ def test_a_server_announces_itself_tells_its_status_and_ends_when_asked(tmp_path
     assert [lease.url for lease in live_leases(tmp_path / "registry")] == [url]
     assert cli.main(["io-server", "status", url]) == 0
     assert "status ok" in capsys.readouterr().out
+    assert cli.main(["io-server", "status", "--registry", str(tmp_path / "registry")]) == 0
+    assert f"{url}  status ok" in capsys.readouterr().out
     workers = children_of(server.pid)
     assert len(workers) == 1
     assert server.terminate() == 0
