@@ -153,6 +153,8 @@ class _Fetch:
         self._deadline_s = self._began_s + client.settings.deadline_s
         self._servers = deque(client.fleet.ranked(job.key))
         self._running: dict[Future, tuple[Attempt, Server, bool]] = {}
+        self._not_before_s: dict[str, float] = {}
+        """When servers that were busy may be asked for this job again, by URL. Others need not wait: a place may be free by then."""
         self._failed = self._crashed = 0
         self._is_final = False
         self._hedged = False
@@ -181,14 +183,17 @@ class _Fetch:
         if self._is_stopped(0) or not self._servers or self._failed >= MAX_ATTEMPTS:
             return False
         now_s = time.monotonic()
-        server = min(self._servers, key=lambda s: max(s.breaker.busy_until_s, now_s))
-        pause_s = server.breaker.busy_until_s - time.monotonic()
+        server = min(self._servers, key=lambda s: (max(self._may_ask_s(s), now_s), max(s.breaker.busy_until_s, now_s)))
+        pause_s = self._may_ask_s(server) - now_s
         if pause_s > 0 and (time.monotonic() + pause_s >= self._deadline_s or self._is_stopped(pause_s)):
             return False
         if self._failed:
             self._client.counts.add("retried")
         self._start(server, is_hedge=False)
         return True
+
+    def _may_ask_s(self, server: Server) -> float:
+        return self._not_before_s.get(server.url, 0.0)
 
     def _is_stopped(self, within_s: float) -> bool:
         return bool(wait(self._stops, within_s, return_when=FIRST_COMPLETED).done)
@@ -242,7 +247,9 @@ class _Fetch:
         if code == "busy":
             self._client.counts.add("busy")
             breaker.succeeded()
-            breaker.busy(error.retry_after_s * random.uniform(0.5, 1.0))  # or all would come back together
+            breaker.busy(error.retry_after_s)
+            pause_s = error.retry_after_s * random.uniform(0.5, 1.0)  # or all would come back together
+            self._not_before_s[server.url] = time.monotonic() + pause_s
             self._servers.append(server)
             return
         self._client.counts.failure(str(error))

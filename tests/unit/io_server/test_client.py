@@ -95,6 +95,20 @@ def test_a_busy_server_is_waited_for(start_server, write):
     assert client.counts.values["busy"] > 0
 
 
+def test_a_job_need_not_wait_because_the_server_was_busy_for_another(pair, write):
+    path = write("picture")
+    job = job_for(path)
+    client = client_of(*(server.url for server in pair))
+    first, second = client.fleet.ranked(job.key)
+    first.breaker.busy(1000.0)
+    served = [(server.pool.counts["jobs"], server) for server in in_order(job, pair)]
+    assert as_bytes(client.fetch(job)) == expected(job, path)
+    assert [server.pool.counts["jobs"] - jobs for jobs, server in served] == [0, 1]  # the other one is as good
+    second.breaker.trip()
+    assert as_bytes(client.fetch(job)) == expected(job, path)
+    assert [server.pool.counts["jobs"] - jobs for jobs, server in served] == [1, 1]  # and this one may have a place by now
+
+
 def test_a_slow_server_is_hedged_and_the_loser_stops(pair, write):
     path = write("sleep 0.05")
     job = clip_job(path, 20)
