@@ -200,6 +200,7 @@ class _Fetch:
 
     def _start(self, server: Server, *, is_hedge: bool) -> None:
         self._servers.remove(server)
+        server.breaker.asked()
         attempt = Attempt(self._client._connections, server.url, self._job, self._deadline_s)
         self._running[self._client._threads.submit(attempt.run)] = (attempt, server, is_hedge)
 

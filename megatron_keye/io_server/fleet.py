@@ -32,6 +32,11 @@ class Breaker:
     def allows(self) -> bool:
         return self.clock() >= self.open_until_s
 
+    def asked(self) -> None:
+        """A request goes out. Where it is the trial, others leave the server alone until it has decided."""
+        if self.open_until_s:
+            self.open_until_s = self.clock() + OPEN_S
+
     def succeeded(self) -> None:
         self.failures, self.open_until_s = 0, 0.0
 

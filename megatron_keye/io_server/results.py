@@ -65,6 +65,7 @@ class Results:
         return sum(result.slab.num_bytes for result in self._kept.values())
 
     def _allocate(self, num_bytes: int) -> Slab:
+        self._budget.require_possible(num_bytes)  # first: nothing is to be forgotten for what is refused in any case
         while self._kept and not self._budget.has_room(num_bytes):
             self._kept.popitem(last=False)
         return self._budget.allocate(num_bytes)

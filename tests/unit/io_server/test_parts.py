@@ -84,7 +84,12 @@ def test_a_breaker_opens_after_failures_in_a_row_and_lets_one_decide_later():
     breaker.failed()  # a single one is enough now
     assert not breaker.allows()
     clock.now_s += OPEN_S
+    assert breaker.allows()
+    breaker.asked()
+    assert not breaker.allows()  # one request is under way
     breaker.succeeded()
+    breaker.asked()
+    assert breaker.allows()
     breaker.failed()
     assert breaker.allows()
 
@@ -186,6 +191,8 @@ def test_the_least_recently_used_result_makes_room():
         await results.get(b"a", 100, made, keep=True)
         await results.get(b"b", 100, made, keep=True)
         assert results.hits == 2
+        with pytest.raises(Refused, match="--memory-mib"):
+            await results.get(b"e", 301, made, keep=True)
         assert results.kept_bytes == 300
 
     asyncio.run(scenario())
