@@ -2,11 +2,11 @@
 
 Frames are numbered in the order they are shown. A file is read twice: first only its packets, for the presentation
 timestamps (PTS) that name the frames, then its frames, from the first to the last one wanted. There is no seeking, which goes
-wrong in MPEG-TS: packets that no wanted frame needs are read and not decoded (`groups.py`).
+wrong in MPEG-TS: packets that no wanted frame needs are read and not decoded (`groups.py`, by what `bitstream.py` finds in them).
 """
 
-from collections.abc import Collection, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from io import BytesIO
 from itertools import pairwise
@@ -16,17 +16,16 @@ import numpy as np
 from av.container import InputContainer
 from av.video.stream import VideoStream
 
+from megatron_keye.data.media.bitstream import facts_reader
 from megatron_keye.data.media.blobs import describe_blob
-from megatron_keye.data.media.groups import PacketHeader, is_clean_start, needed_packets
+from megatron_keye.data.media.groups import PacketHeader, needed_runs
 from megatron_keye.errors import DataError
 
 DECODER_ID = f"pyav-{av.__version__}-ffmpeg-{av.ffmpeg_version_info}-rules-1"
 """Names what makes pixels from bytes. Raise the last number when frames, their numbering or their colours change."""
 
 # A playlist named .mp4 would otherwise open other files of this machine (concat, HLS), also when handed bytes.
-_OPEN_OPTIONS = {"format_whitelist": "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,mpegts,avi,flv", "protocol_whitelist": "none"}
-# Codecs whose decoder leaves out frames that no other refers to without a change in the others (B-frames, mostly).
-_SKIPPABLE_CODECS = frozenset({"h264", "hevc"})
+_SAFE_OPTIONS = {"format_whitelist": "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,mpegts,avi,flv", "protocol_whitelist": "none"}
 # What all decoders agree on: 8 bits, colours at half the resolution.
 _PLAIN_FORMATS = frozenset({"yuv420p", "yuvj420p"})
 # Codecs with packets of their own for frames that are never shown.
@@ -53,7 +52,7 @@ class StoredClip:
     key frame, of 8 bits in 4:2:0: what numbers and colours its frames have is then the same everywhere."""
 
     codec: str
-    """FFmpeg's name."""
+    """FFmpeg's name of the format, whatever decodes it."""
     num_frames: int
     is_plain: bool
     height: int
@@ -66,7 +65,7 @@ class StoredClip:
 
 
 @dataclass(frozen=True, slots=True)
-class _Timeline:
+class _Numbering:
     """`pts` of every frame in the order shown, or None where packets do not tell: frames are then counted as decoded. `is_whole` says
     that no packet is left out of them."""
 
@@ -74,10 +73,7 @@ class _Timeline:
     pts: tuple[int, ...] | None
     is_whole: bool
     num_frames: int
-    fps: float
-    duration_s: float
-    packets: tuple[PacketHeader, ...] = ()
-    """Where `pts` are known."""
+    packets: tuple[PacketHeader, ...]
 
 
 def probe(blob: bytes) -> VideoInfo:
@@ -85,18 +81,27 @@ def probe(blob: bytes) -> VideoInfo:
 
     Raises DataError for bytes that are not a whole video file of a known format.
     """
-    timeline = _timeline(blob)
-    height, width = _upright_rgb(next(_frames(blob, timeline, (0,)))).shape[:2]
-    return VideoInfo(timeline.num_frames, timeline.fps, height, width, timeline.duration_s)
+    with _opened(blob) as (container, stream):
+        numbering = _numbering(blob, container, stream)
+        declared_fps, tick_s = float(stream.average_rate or 0), float(stream.time_base)
+    height, width = _upright_rgb(_first_frame(blob, numbering)).shape[:2]
+    num_frames = numbering.num_frames
+    if numbering.pts is None:
+        if declared_fps <= 0:
+            raise _without(blob, "a frame rate and a time for each frame")
+        return VideoInfo(num_frames, declared_fps, height, width, num_frames / declared_fps)
+    first, last = numbering.pts[0], numbering.pts[-1]
+    duration_s = (last - first + next(p.duration for p in numbering.packets if p.pts == last)) * tick_s
+    return VideoInfo(num_frames, _frame_rate(blob, declared_fps, num_frames, duration_s), height, width, duration_s)
 
 
 def inspect(blob: bytes) -> StoredClip:
     """What another decoder must be told of a clip. Errors as `probe`."""
-    timeline = _timeline(blob)
-    first = next(_frames(blob, timeline, (0,)))
-    is_plain = timeline.is_whole and first.format.name in _PLAIN_FORMATS
+    numbering = _read_numbering(blob)
+    first = _first_frame(blob, numbering)
+    is_plain = numbering.is_whole and first.format.name in _PLAIN_FORMATS
     size = (first.height, first.width)
-    return StoredClip(timeline.codec, timeline.num_frames, is_plain, *size, _quarter_turns(first), int(first.colorspace))
+    return StoredClip(numbering.codec, numbering.num_frames, is_plain, *size, _quarter_turns(first), int(first.colorspace))
 
 
 def iter_frames(blob: bytes, indices: Sequence[int]) -> Iterator[np.ndarray]:
@@ -104,8 +109,8 @@ def iter_frames(blob: bytes, indices: Sequence[int]) -> Iterator[np.ndarray]:
 
     Raises ValueError for indices out of order, DataError for one the clip does not have and for a damaged file.
     """
-    timeline = _timeline(blob)
-    yield from map(_upright_rgb, _frames(blob, timeline, checked_indices(indices, timeline.num_frames)))
+    numbering = _read_numbering(blob)
+    yield from map(_upright_rgb, _frames(blob, numbering, checked_indices(indices, numbering.num_frames)))
 
 
 def checked_indices(indices: Sequence[int], num_frames: int) -> tuple[int, ...]:
@@ -125,13 +130,13 @@ def decode_frames(blob: bytes, indices: Sequence[int]) -> np.ndarray:
 
 
 @contextmanager
-def _opened(blob: bytes) -> Iterator[tuple[InputContainer, VideoStream]]:
+def _opened(blob: bytes, **options: str) -> Iterator[tuple[InputContainer, VideoStream]]:
     """The container and its main video stream; every error of the library becomes a DataError."""
     try:
-        with av.open(BytesIO(blob), options=_OPEN_OPTIONS, metadata_errors="replace") as container:
+        with av.open(BytesIO(blob), options=_SAFE_OPTIONS | options, metadata_errors="replace") as container:
             stream = container.streams.best("video")
             if stream is None or stream.codec_context is None:
-                raise DataError(f"cannot decode a video: found {describe_blob(blob)} without a video stream of a known codec; drop it")
+                raise _without(blob, "a video stream of a known codec")
             stream.codec_context.thread_count = 1  # the caller's processes share the cores; more threads only add latency jitter
             yield container, stream
     except (av.FFmpegError, MemoryError) as error:
@@ -141,56 +146,63 @@ def _opened(blob: bytes) -> Iterator[tuple[InputContainer, VideoStream]]:
         ) from error
 
 
-def _timeline(blob: bytes) -> _Timeline:
+def _haste(blob: bytes) -> dict[str, str]:
+    """Options that open an MP4 file without decoding its first frames, which FFmpeg does to find out what that format says by itself.
+    The frame rate may then be another one where the file does not store it."""
+    return {"skip_frame": "all"} if blob[4:8] == b"ftyp" else {}
+
+
+def _without(blob: bytes, missing: str) -> DataError:
+    return DataError(f"cannot decode a video: found {describe_blob(blob)} without {missing}; restore, rewrite or drop it")
+
+
+def _damaged(blob: bytes, what: str) -> DataError:
+    return DataError(f"cannot decode a video: found {describe_blob(blob)} with damaged {what}; restore or drop it")
+
+
+def _read_numbering(blob: bytes) -> _Numbering:
+    with _opened(blob, **_haste(blob)) as (container, stream):
+        return _numbering(blob, container, stream)
+
+
+def _numbering(blob: bytes, container: InputContainer, stream: VideoStream) -> _Numbering:
     """Reads the packets, and decodes only where their timestamps do not name the frames."""
-    with _opened(blob) as (container, stream):
-        _check_complete(blob, stream)
-        packets = _packet_headers(blob, container, stream)
-        codec = stream.codec_context.name
-        declared_fps = float(stream.average_rate or 0)
-        time_base_s = float(stream.time_base)
+    _check_complete(blob, stream)
+    codec, packets = stream.codec.canonical_name, _packet_headers(blob, container, stream)
     pts = [p.pts for p in packets if not p.is_discard]
     if codec in _HIDDEN_FRAME_CODECS or None in pts or len(set(pts)) != len(pts):
-        return _counted_timeline(blob, codec, declared_fps)
-    # Frames shown ahead of the first key frame refer to frames that the file does not have.
-    start = next((p.pts for p in packets if p.is_keyframe), None)
-    shown = tuple(sorted(t for t in pts if start is None or t >= start))
-    if not shown:
-        raise DataError(f"cannot decode a video: found {describe_blob(blob)} without a frame; restore or drop it")
-    last_duration = next(p.duration for p in packets if p.pts == shown[-1])
-    duration_s = (shown[-1] - shown[0] + last_duration) * time_base_s
-    fps = _frame_rate(blob, declared_fps, len(shown), duration_s)
-    return _Timeline(codec, shown, len(shown) == len(packets), len(shown), fps, duration_s, tuple(packets))
+        with _opened(blob) as (container, stream):
+            num_frames = sum(1 for _ in container.decode(stream))
+        numbering = _Numbering(codec, None, False, num_frames, tuple(packets))
+    else:
+        # Frames shown ahead of the first key frame refer to frames that the file does not have.
+        start = next((p.pts for p in packets if p.is_keyframe), None)
+        shown = tuple(sorted(t for t in pts if start is None or t >= start))
+        numbering = _Numbering(codec, shown, len(shown) == len(packets), len(shown), tuple(packets))
+    if not numbering.num_frames:
+        raise _without(blob, "a frame")
+    return numbering
 
 
 def _packet_headers(blob: bytes, container: InputContainer, stream: VideoStream) -> list[PacketHeader]:
-    codec, codec_header = stream.codec_context.name, bytes(stream.codec_context.extradata or b"")
+    read_facts = facts_reader(stream.codec.canonical_name, bytes(stream.codec_context.extradata or b""))
     headers = []
     for packet in container.demux(stream):
         if packet.is_corrupt:
-            raise DataError(f"cannot decode a video: found {describe_blob(blob)} with damaged packets; restore or drop it")
+            raise _damaged(blob, "packets")
         if packet.size:  # the last one, which flushes the decoder, is empty
-            is_clean = packet.is_keyframe and is_clean_start(codec, codec_header, bytes(packet))
-            headers.append(PacketHeader(packet.pts, packet.duration or 0, packet.is_keyframe, packet.is_discard, is_clean))
+            facts = read_facts(bytes(packet))
+            if not packet.is_keyframe:
+                facts = facts._replace(is_clean_start=False)
+            headers.append(PacketHeader(packet.pts, packet.duration or 0, packet.is_keyframe, packet.is_discard, facts))
     return headers
-
-
-def _counted_timeline(blob: bytes, codec: str, declared_fps: float) -> _Timeline:
-    with _opened(blob) as (container, stream):
-        num_frames = sum(1 for _ in container.decode(stream))
-    if num_frames == 0 or declared_fps <= 0:
-        raise DataError(
-            f"cannot decode a video: found {describe_blob(blob)} with {num_frames} frames at {declared_fps} frames per second; "
-            "expected at least one frame and a frame rate: rewrite it with timestamps or drop it"
-        )
-    return _Timeline(codec, None, False, num_frames, declared_fps, num_frames / declared_fps)
 
 
 def _frame_rate(blob: bytes, declared_fps: float, num_frames: int, duration_s: float) -> float:
     """The container's average rate, which is exact where the clip's is constant, unless its timestamps contradict it."""
     measured_fps = num_frames / duration_s if duration_s > 0 else declared_fps
     if measured_fps <= 0:
-        raise DataError(f"cannot decode a video: found {describe_blob(blob)} without frame rate and duration; rewrite it with timestamps")
+        raise _without(blob, "a frame rate and a duration")
     return declared_fps if abs(declared_fps / measured_fps - 1) <= _RATE_TOLERANCE else measured_fps
 
 
@@ -217,55 +229,52 @@ def _matroska_end(blob: bytes) -> int:
     return 0 if size == value_bits else at + num_bytes + size
 
 
-def _frames(blob: bytes, timeline: _Timeline, wanted: tuple[int, ...]) -> Iterator[av.VideoFrame]:
+def _first_frame(blob: bytes, numbering: _Numbering) -> av.VideoFrame:
+    with closing(_frames(blob, numbering, (0,))) as frames:
+        return next(frames)
+
+
+def _frames(blob: bytes, numbering: _Numbering, wanted: tuple[int, ...]) -> Iterator[av.VideoFrame]:
     numbers = iter(wanted)
     number = next(numbers, None)
     if number is None:
         return
-    with _opened(blob) as (container, stream):
-        for index, frame in _numbered(blob, container, stream, timeline, wanted):
-            if index != number:
-                break
-            yield frame
-            number = next(numbers, None)
-            if number is None:
-                return
-    raise DataError(f"cannot decode a video: found no frame {number} of {timeline.num_frames} in {describe_blob(blob)}; restore or drop it")
+    for index, frame in _numbered(blob, numbering, wanted):
+        if index != number:
+            break
+        yield frame
+        number = next(numbers, None)
+        if number is None:
+            return
+    raise _without(blob, f"frame {number} of {numbering.num_frames}")
 
 
-def _numbered(
-    blob: bytes, container: InputContainer, stream: VideoStream, timeline: _Timeline, wanted: tuple[int, ...]
-) -> Iterator[tuple[int, av.VideoFrame]]:
+def _numbered(blob: bytes, numbering: _Numbering, wanted: tuple[int, ...]) -> Iterator[tuple[int, av.VideoFrame]]:
     """The decoded frames among `wanted`, with their numbers. Raises DataError for a frame the decoder calls damaged."""
-    names = None if timeline.pts is None else {timeline.pts[i]: i for i in wanted}
-    is_skippable = names is not None and timeline.codec in _SKIPPABLE_CODECS
-    frames = _frames_worth_decoding(container, stream, timeline, names) if is_skippable else container.decode(stream)
+    names = None if numbering.pts is None else {numbering.pts[i]: i for i in wanted}
+    runs = [range(len(numbering.packets))] if names is None else needed_runs(numbering.packets, names)
     wanted_numbers = frozenset(wanted)
-    for count, frame in enumerate(frames):
+    for count, frame in enumerate(_decoded(blob, runs)):
         # Frames that nobody wants are checked as well: others refer to them.
         if frame.is_corrupt:
-            raise DataError(f"cannot decode a video: found {describe_blob(blob)} with damaged frames; restore or drop it")
+            raise _damaged(blob, "frames")
         number = count if names is None else names.get(frame.pts)
         if number in wanted_numbers:
             yield number, frame
 
 
-def _frames_worth_decoding(
-    container: InputContainer, stream: VideoStream, timeline: _Timeline, wanted_pts: Collection[int]
-) -> Iterator[av.VideoFrame]:
-    """The frames at `wanted_pts`, and those that they may refer to."""
-    context = stream.codec_context
-    needed = needed_packets(timeline.packets, wanted_pts)
-    packets = (packet for packet in container.demux(stream) if packet.size)
-    for packet, header, is_needed, follows_needed in zip(packets, timeline.packets, needed, [True, *needed], strict=False):
-        if not is_needed:
-            continue
-        if header.is_clean_start and not follows_needed:
-            yield from context.decode(None)
-            context.flush_buffers()
-        context.skip_frame = "DEFAULT" if packet.pts in wanted_pts else "NONREF"
-        yield from packet.decode()
-    yield from context.decode(None)
+def _decoded(blob: bytes, runs: Sequence[Sequence[int]]) -> Iterator[av.VideoFrame]:
+    """The frames of the packets at these places of the file, in increasing runs before each of which the decoder is empty."""
+    with _opened(blob, **_haste(blob)) as (container, stream):
+        packets = enumerate(packet for packet in container.demux(stream) if packet.size)
+        for run in runs:
+            for wanted_place in run:
+                packet = next((packet for place, packet in packets if place == wanted_place), None)
+                if packet is None:
+                    raise _without(blob, "packets that it had before")
+                yield from packet.decode()
+            yield from stream.codec_context.decode(None)
+            stream.codec_context.flush_buffers()
 
 
 def _upright_rgb(frame: av.VideoFrame) -> np.ndarray:
