@@ -216,8 +216,9 @@ class _Fetch:
         if time.monotonic() >= self._deadline_s:
             self._is_final = True
             for _, server, _ in self._running.values():
-                server.breaker.failed()
-                self._client.counts.failure(f"{server.url}: no answer within {self._client.settings.deadline_s:g} s")
+                why = f"{server.url}: no answer within {self._client.settings.deadline_s:g} s"
+                server.failed(why)
+                self._client.counts.failure(why)
             return
         self._hedged = True
         if self._client._hedge.may_hedge():
@@ -238,7 +239,7 @@ class _Fetch:
         if is_hedge:
             counts.add("hedge_won")
             for _, slower, _ in self._running.values():  # which may be hung: hedges are too few to find out every time
-                slower.breaker.failed()
+                slower.failed("others answer sooner")
         self._client._hedge.record(self._job, time.monotonic() - self._began_s)
         return answer
 
@@ -256,10 +257,12 @@ class _Fetch:
         self._client.counts.failure(str(error))
         self._failed += 1
         if code is None or code == "internal":
-            breaker.failed()
+            server.failed(str(error))
         elif code in ("wrong_decoder", "draining", "denied"):
-            breaker.trip()
-        elif code == "corrupt":  # no other server would find it whole; the caller says how it is broken
+            server.trip(str(error))
+        else:
+            breaker.succeeded()
+        if code == "corrupt":  # no other server would find it whole; the caller says how it is broken
             self._client.counts.add("confirmed_here")
             self._is_final = True
         elif code == "worker_crashed":

@@ -1,10 +1,11 @@
 """Which server to ask next: the one that is likely to have the answer, unless it is out of order or busy."""
 
 import hashlib
+import logging
 import threading
 import time
-from collections.abc import Callable, Iterable
-from contextlib import suppress
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -18,6 +19,8 @@ REREAD_S = 5.0
 """Age of what is known from the registry."""
 
 Clock = Callable[[], float]
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(slots=True)
@@ -56,8 +59,25 @@ class Breaker:
 
 @dataclass(slots=True)
 class Server:
+    """One server, and whether to ask it. That it is left alone is logged once until it works again, as a run goes on without it."""
+
     url: str
     breaker: Breaker
+
+    def failed(self, why: str) -> None:
+        with self._logged(why):
+            self.breaker.failed()
+
+    def trip(self, why: str) -> None:
+        with self._logged(why):
+            self.breaker.trip()
+
+    @contextmanager
+    def _logged(self, why: str) -> Iterator[None]:
+        was_in_use = not self.breaker.open_until_s
+        yield
+        if was_in_use and self.breaker.open_until_s:
+            log.warning("%s is left alone, and tried again every %g s: %s", self.url, OPEN_S, why)
 
 
 def rendezvous(key: bytes, urls: Iterable[str]) -> list[str]:
@@ -95,6 +115,9 @@ class Fleet:
         if self.registry is not None:
             with suppress(OSError):  # a shared folder that cannot be listed for a moment: what was known holds
                 self._leases = live_leases(self.registry)
-        self.unlike = tuple(lease.url for lease in self._leases if lease.decoder_id != self.decoder_id)
+        unlike = tuple(lease.url for lease in self._leases if lease.decoder_id != self.decoder_id)
+        if set(unlike) - set(self.unlike):
+            log.warning("servers that decode otherwise than %s are not asked: %s", self.decoder_id, ", ".join(unlike))
+        self.unlike = unlike
         wanted = dict.fromkeys((*self.urls, *(lease.url for lease in self._leases if lease.decoder_id == self.decoder_id)))
         self._servers = {url: self._servers.get(url) or Server(url, Breaker(self.clock)) for url in wanted}

@@ -262,6 +262,15 @@ def test_a_damaged_medium_is_asked_for_once(pair, write):
     assert client.counts.values == {"failed": 1, "confirmed_here": 1}
 
 
+def test_a_server_that_is_tried_again_is_in_order_whatever_it_answers(pair, write):
+    client = client_of(pair[0].url)
+    (server,) = client.fleet.ranked(b"key")
+    server.trip("of this test")
+    server.breaker.open_until_s = time.monotonic()
+    assert client.fetch(job_for(write("corrupt"))) is None
+    assert client.fetch(job_for(write("picture"))) is not None
+
+
 def test_a_medium_that_kills_decoders_is_kept_from_the_caller(pair, write):
     job = job_for(write("crash"))
     with pytest.raises(Poisonous, match="2 servers"):

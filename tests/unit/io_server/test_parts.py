@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from megatron_keye.errors import SettingsError
 from megatron_keye.io_server.auth import load_secret
-from megatron_keye.io_server.fleet import FAILURES_TO_OPEN, OPEN_S, REREAD_S, Breaker, Fleet, rendezvous
+from megatron_keye.io_server.fleet import FAILURES_TO_OPEN, OPEN_S, REREAD_S, Breaker, Fleet, Server, rendezvous
 from megatron_keye.io_server.metrics import Metrics
 from megatron_keye.io_server.protocol import DecodeJob, Refused, is_server_url, parse_job
 from megatron_keye.io_server.registry import LEASE_S, lease_path, live_leases, remove_lease, write_lease
@@ -94,10 +94,34 @@ def test_a_breaker_opens_after_failures_in_a_row_and_lets_one_decide_later():
     assert breaker.allows()
 
 
-def test_a_fleet_follows_its_registry_and_asks_no_server_that_decodes_otherwise(tmp_path):
+def test_a_server_that_is_left_alone_is_logged_once_until_it_works_again(caplog):
+    server = Server("http://a:1", Breaker(clock := Clock()))
+
+    def logged() -> list[str]:
+        return [record.getMessage() for record in caplog.records]
+
+    for _ in range(FAILURES_TO_OPEN):
+        assert not logged()
+        server.failed("refused")
+    assert logged() == ["http://a:1 is left alone, and tried again every 30 s: refused"]
+    clock.now_s += OPEN_S
+    server.failed("refused")
+    server.trip("denied")
+    assert len(logged()) == 1
+    server.breaker.succeeded()
+    server.trip("denied")
+    assert logged()[1:] == ["http://a:1 is left alone, and tried again every 30 s: denied"]
+
+
+def test_a_fleet_follows_its_registry_and_asks_no_server_that_decodes_otherwise(tmp_path, caplog):
     fleet = Fleet(("http://fixed:1",), tmp_path, "mine", clock=(clock := Clock()))
     write_lease(tmp_path, "http://a:1", "mine", 1)
     write_lease(tmp_path, "http://b:1", "other", 1)
+    for _ in range(2):
+        clock.now_s += REREAD_S
+        fleet.ranked(b"key")
+    (said,) = caplog.records
+    assert said.getMessage() == "servers that decode otherwise than mine are not asked: http://b:1"
     assert {server.url for server in fleet.ranked(b"key")} == {"http://fixed:1", "http://a:1"}
     failing = next(server for server in fleet.ranked(b"key") if server.url == "http://a:1")
     failing.breaker.trip()
