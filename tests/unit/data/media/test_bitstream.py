@@ -17,7 +17,7 @@ AV1_CLIPS = {
     "pyramid": AV1,
     "in Matroska": {**AV1, "container": "matroska"},
     "screen content": {**AV1, "svtav1-params": "scm=1"},
-    "low delay": {**AV1, "svtav1-params": "pred-struct=1"},
+    "low delay": {"codec": "libsvtav1", "preset": "8", "g": "40", "svtav1-params": "pred-struct=1:hierarchical-levels=3"},
     "10 bits": {**AV1, "pix_fmt": "yuv420p10le"},
 }
 
