@@ -37,6 +37,8 @@ MAX_OPEN_FILES = 1 << 16
 MAX_CONNECTIONS = 1024
 LOOPBACK = frozenset({"127.0.0.1", "::1", "localhost"})
 ALL_ADDRESSES = frozenset({"0.0.0.0", "::"})
+WORKER_EVENTS = ("jobs", "started", "crashed", "lost", "timeout", "oom", "cancelled", "from_disk")
+"""Of `WorkerPool.counts`: all are shown from the beginning, as alerts need."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -244,13 +246,16 @@ class Front:
 
     def _metrics_text(self) -> Answer:
         pool, results = self._pool, self._results
+        sums = {
+            "cache_hits_total": results.hits, "cache_joined_total": results.joined,
+            **{f"worker_{event}_total": pool.counts[event] for event in WORKER_EVENTS},
+        }  # fmt: skip
         gauges = {
             "workers": pool.num_ready, "jobs_running": pool.running, "jobs_waiting": pool.waiting, "connections": len(self._connections),
             "memory_used_bytes": self._budget.used_bytes, "memory_limit_bytes": self._budget.limit_bytes,
-            "cache_bytes": results.kept_bytes, "cache_hits": results.hits, "cache_joined": results.joined,
-            **{f"worker_{name}": count for name, count in sorted(pool.counts.items())},
+            "cache_bytes": results.kept_bytes,
         }  # fmt: skip
-        return Answer(200, self._metrics.text(gauges).encode(), (("content-type", "text/plain; version=0.0.4"),))
+        return Answer(200, self._metrics.text(sums, gauges).encode(), (("content-type", "text/plain; version=0.0.4"),))
 
     def _log(self, event: str, **facts: object) -> None:
         print(json.dumps({"time": round(time.time(), 3), "event": event, **facts}), file=sys.stderr, flush=True)

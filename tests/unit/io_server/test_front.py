@@ -14,6 +14,7 @@ import pytest
 
 from megatron_keye.errors import SettingsError
 from megatron_keye.io_server import auth
+from megatron_keye.io_server.front import WORKER_EVENTS
 from megatron_keye.io_server.protocol import DECODE_PATH, MAX_REQUEST_BYTES, RESULT_HEADER
 from tests.unit.io_server.serving import MIB, RunningServer, clip_job, error_of, expected, job_for, post, request, wait_until
 
@@ -195,6 +196,9 @@ def test_health_and_metrics_tell_what_happened(plain):
     values = dict(line.rsplit(" ", 1) for line in lines if not line.startswith("#"))
     assert float(values['keye_io_decoded_total{kind="image"}']) >= 1
     assert float(values["keye_io_memory_used_bytes"]) >= 4 * 588
+    assert float(values["keye_io_worker_jobs_total"]) >= 1
+    assert values["keye_io_worker_crashed_total"] == "0"
+    assert set(server.pool.counts) <= set(WORKER_EVENTS)
 
 
 @pytest.mark.parametrize(

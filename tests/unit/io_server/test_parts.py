@@ -277,7 +277,9 @@ def test_metrics_are_in_the_text_format():
     metrics.add("responses_total", status="200")
     metrics.add("responses_total", 2, status="503")
     metrics.add("sent_bytes_total", 123456789012)
-    assert metrics.text({"workers": 3}).splitlines() == [
+    assert metrics.text({"cache_hits_total": 4}, {"workers": 3}).splitlines() == [
+        "# TYPE keye_io_cache_hits_total counter",
+        "keye_io_cache_hits_total 4",
         "# TYPE keye_io_responses_total counter",
         'keye_io_responses_total{status="200"} 1',
         'keye_io_responses_total{status="503"} 2',
