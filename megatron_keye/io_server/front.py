@@ -162,23 +162,23 @@ class Front:
             try:
                 request = await connection.next_request()
             except Refused as error:
-                await self._respond(connection, _refusal(error), keep_open=False)
+                await self._respond(connection, _refusal(error))
                 await connection.linger()
                 return
             if request is None:
                 return
             self._busy += 1
             try:
-                answer = await self._answer_while_connected(connection, request)
-                await self._respond(connection, answer, keep_open=not self._draining.is_set())
+                # Under no name, or a connection would keep its last result until its next request.
+                await self._respond(connection, await self._answer_while_connected(connection, request))
             finally:
                 self._busy -= 1
             if not connection.can_go_on:
                 return
 
-    async def _respond(self, connection: Connection, answer: Answer, *, keep_open: bool) -> None:
+    async def _respond(self, connection: Connection, answer: Answer) -> None:
         self._metrics.add("responses_total", status=str(answer.status))
-        await connection.respond(answer.status, answer.headers, answer.body, keep_open=keep_open)
+        await connection.respond(answer.status, answer.headers, answer.body, keep_open=not self._draining.is_set())
         self._metrics.add("sent_bytes_total", len(answer.body))
 
     async def _answer_while_connected(self, connection: Connection, request: Request) -> Answer:

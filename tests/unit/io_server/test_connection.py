@@ -1,5 +1,6 @@
 """One connection to a server, used in ways that no client of ours would."""
 
+import http.client
 import socket
 import time
 from contextlib import suppress
@@ -8,7 +9,8 @@ from urllib.parse import urlsplit
 import pytest
 
 from megatron_keye.io_server.connection import READ_BYTES, Connection
-from tests.unit.io_server.serving import request, wait_until
+from megatron_keye.io_server.protocol import DECODE_PATH
+from tests.unit.io_server.serving import job_for, request, wait_until
 
 HEALTH = b"GET /healthz HTTP/1.1\r\nHost: a\r\n\r\n"
 
@@ -82,3 +84,14 @@ def test_a_client_that_takes_nothing_does_not_keep_a_server_from_ending(start_se
     began_s = time.monotonic()
     server.close()
     assert time.monotonic() - began_s < 5.0
+
+
+def test_an_open_connection_holds_no_result(start_server, write):
+    server = start_server()
+    address = urlsplit(server.url)
+    connection = http.client.HTTPConnection(address.hostname, address.port, timeout=10)
+    connection.request("POST", DECODE_PATH, job_for(write("picture"), sha256=None).model_dump_json())
+    assert connection.getresponse().read()
+    wait_until(lambda: not server.front._budget.used_bytes, timeout_s=5.0)
+    assert len(server.front._connections) == 1
+    connection.close()
