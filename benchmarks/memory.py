@@ -34,7 +34,7 @@ from benchmarks.processes import family, pss_bytes
 from benchmarks.shard_sets import VARIANT, config_for, kept_set
 from megatron_keye.config.schema import RunConfig
 from megatron_keye.data.delivery import parcels, unpack
-from megatron_keye.data.loader import ReplicaLoader
+from megatron_keye.data.loader import ReplicaLoader, patch_counts
 from megatron_keye.data.mixture import open_samples
 from megatron_keye.data.tokenizer import load_tokenizer
 from megatron_keye.data.transport import CollectiveTransport
@@ -81,7 +81,8 @@ def by_every_rank(config: RunConfig, groups: Groups, plan_at: PlanAt, loader: Re
             share, loaded = ahead.popleft()
             data, rank = loaded.result(), groups.replica_rank
             own = np.concatenate([array.reshape(-1).view(np.uint8) for array in parcels(data, share, groups.grid)[rank]])
-            rows, patches = unpack(torch.from_numpy(own), share, groups.grid, rank)
+            counts = patch_counts(share, groups.grid.replica_size)
+            rows, patches = unpack(torch.from_numpy(own), share, counts, groups.grid, rank)
             yield fill(lay_out(share, config, groups, DEVICE), rows, patches, count_supervised(share, data), DEVICE)
 
 

@@ -23,11 +23,10 @@ def local_row(tokens: RowTokens, cu_seqlens: Sequence[int], grid: RankGrid, rank
     return _cut(tokens, row_targets(tokens, cu_seqlens), cu_seqlens, grid, rank)
 
 
-def parcel_bytes(plan: ReplicaPlan, grid: RankGrid) -> list[int]:
-    """Bytes that each rank of the replica gets."""
+def parcel_bytes(plan: ReplicaPlan, counts: Sequence[Sequence[int]], grid: RankGrid) -> list[int]:
+    """Bytes that each rank of the replica gets. `counts` are the plan's `loader.patch_counts`."""
     tokens = sum(row.num_tokens for row in plan.rows) // grid.cp
-    patches = [sum(rounds) for rounds in patch_counts(plan, grid.replica_size)]
-    return [_kinds(grid, rank) * tokens * TOKEN_BYTES + patches[rank] * PATCH_VALUES for rank in range(grid.replica_size)]
+    return [_kinds(grid, rank) * tokens * TOKEN_BYTES + sum(counts[rank]) * PATCH_VALUES for rank in range(grid.replica_size)]
 
 
 def parcels(data: ReplicaData, plan: ReplicaPlan, grid: RankGrid) -> list[list[np.ndarray]]:
@@ -42,8 +41,11 @@ def parcels(data: ReplicaData, plan: ReplicaPlan, grid: RankGrid) -> list[list[n
     return by_rank
 
 
-def unpack(parcel: Tensor, plan: ReplicaPlan, grid: RankGrid, rank: int) -> tuple[list[LocalRow], list[Tensor]]:
-    """The rows, and the uint8 patches [num_patches, 588] of each encode round, in the bytes uint8 [n] that replica rank `rank` got."""
+def unpack(
+    parcel: Tensor, plan: ReplicaPlan, counts: Sequence[Sequence[int]], grid: RankGrid, rank: int
+) -> tuple[list[LocalRow], list[Tensor]]:
+    """The rows, and the uint8 patches [num_patches, 588] of each encode round, in the bytes uint8 [n] that replica rank `rank` got.
+    `counts` as for `parcel_bytes`."""
     lengths = [row.num_tokens // grid.cp for row in plan.rows]
     kinds = _kinds(grid, rank)
     text_bytes = kinds * sum(lengths) * TOKEN_BYTES
@@ -53,15 +55,14 @@ def unpack(parcel: Tensor, plan: ReplicaPlan, grid: RankGrid, rank: int) -> tupl
     token_ids = fields[: len(lengths)] if grid.coordinate(rank, "pp") == 0 else nothing
     targets = fields[-len(lengths) :] if grid.coordinate(rank, "pp") == grid.pp - 1 else nothing
     rows = [LocalRow(*own) for own in zip(token_ids, targets, strict=True)]
-    counts = patch_counts(plan, grid.replica_size)[rank]
-    return rows, list(parcel[text_bytes:].view(-1, PATCH_VALUES).split(counts))
+    return rows, list(parcel[text_bytes:].view(-1, PATCH_VALUES).split(list(counts[rank])))
 
 
 def within_one_rank(data: ReplicaData, plan: ReplicaPlan) -> tuple[list[LocalRow], list[Tensor]]:
     """What `unpack` gives where the replica is one rank, to which nothing has to travel."""
     (arrays,) = parcels(data, plan, RankGrid())
     joined = np.concatenate([np.empty(0, np.uint8), *(array.reshape(-1).view(np.uint8) for array in arrays)])
-    return unpack(torch.from_numpy(joined), plan, RankGrid(), 0)
+    return unpack(torch.from_numpy(joined), plan, patch_counts(plan, 1), RankGrid(), 0)
 
 
 def _cut(tokens: RowTokens, targets: np.ndarray, cu_seqlens: Sequence[int], grid: RankGrid, rank: int) -> LocalRow:

@@ -6,7 +6,7 @@ Which is faster depends on the host and the backend, so it is measured when a ru
 import mmap
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Protocol
 
@@ -50,10 +50,9 @@ class CollectiveTransport:
     def scatter(self, parcels: Parcels | None, sizes: Sequence[int]) -> Tensor:
         """As `Transport.scatter`; the tensor is on the group's device."""
         own = sizes[self._group.rank()]
-        joined = np.empty(0 if parcels is None else sum(sizes), np.uint8)
+        sent = torch.empty(0 if parcels is None else sum(sizes), dtype=torch.uint8, device=self._device)
         if parcels is not None:
-            _write(joined, parcels)
-        sent = torch.from_numpy(joined).to(self._device)
+            _send(sent, parcels)
         if self._group.size() == 1:
             return sent
         received = torch.empty(own, dtype=torch.uint8, device=self._device)
@@ -165,7 +164,23 @@ def _seconds(transport: Transport, group: ProcessGroup, device: torch.device) ->
 
 def _write(target: np.ndarray, parcels: Parcels) -> None:
     """The bytes of all arrays, one after another, into uint8 `target`."""
+    for place, array in _placed(parcels):
+        target[place] = array
+
+
+def _send(target: Tensor, parcels: Parcels) -> None:
+    """`_write` to a device. A GPU takes every array from where it lies: at once where that is page-locked, as servers' answers are."""
+    if target.device.type == "cpu":
+        _write(target.numpy(), parcels)
+        return
+    for place, array in _placed(parcels):
+        target[place].copy_(torch.from_numpy(array), non_blocking=True)
+    torch.cuda.synchronize(target.device)  # the arrays' memory may be used again when this returns
+
+
+def _placed(parcels: Parcels) -> Iterator[tuple[slice, np.ndarray]]:
+    """The bytes of all arrays, uint8, and where they go."""
     start = 0
     for array in (array for parcel in parcels for array in parcel):
-        target[start : start + array.nbytes] = array.reshape(-1).view(np.uint8)
+        yield slice(start, start + array.nbytes), array.reshape(-1).view(np.uint8)
         start += array.nbytes

@@ -19,7 +19,7 @@ import torch
 from megatron_keye.config.schema import RunConfig
 from megatron_keye.contract.rows import num_supervised
 from megatron_keye.data.delivery import parcel_bytes, parcels, unpack
-from megatron_keye.data.loader import ReplicaData, ReplicaLoader, SkippedSample, replica_pixel_bytes
+from megatron_keye.data.loader import ReplicaData, ReplicaLoader, SkippedSample, patch_counts, replica_pixel_bytes
 from megatron_keye.data.sources import NO_MEDIA, MediaCounts
 from megatron_keye.data.transport import Parcels, Transport
 from megatron_keye.errors import SettingsError
@@ -55,14 +55,15 @@ class FedStep:
 
 @dataclass
 class _Prepared:
-    """`parcel_bytes` are those of each rank of the replica. `data`, the `parcels` that it is sent in, and `num_supervised`, the supervised
-    tokens in it, are the leader's; None and 0 elsewhere."""
+    """`patch_counts`, per round, and `parcel_bytes` are those of each rank of the replica. `data`, the `parcels` that it is sent in, and
+    `num_supervised`, the supervised tokens in it, are the leader's; None and 0 elsewhere."""
 
     plan: StepPlan
     share: ReplicaPlan
     after: Cursor
     table: np.ndarray
     layout: BatchLayout
+    patch_counts: list[list[int]]
     parcel_bytes: list[int]
     data: ReplicaData | None
     parcels: Parcels | None
@@ -127,10 +128,11 @@ class Feed:
 
     def _prepare(self, plan: StepPlan, share: ReplicaPlan, after: Cursor) -> "_Prepared":
         grid = self._groups.grid
-        layout, sizes = lay_out(share, self._config, self._groups, self._device), parcel_bytes(share, grid)
+        layout, counts = lay_out(share, self._config, self._groups, self._device), patch_counts(share, grid.replica_size)
+        sizes = parcel_bytes(share, counts, grid)
         data = None if self._loader is None else self._loader.load(share)
         sent, supervised = (None, 0) if data is None else (parcels(data, share, grid), count_supervised(share, data))
-        return _Prepared(plan, share, after, plan_table(plan), layout, sizes, data, sent, supervised, replica_pixel_bytes(share))
+        return _Prepared(plan, share, after, plan_table(plan), layout, counts, sizes, data, sent, supervised, replica_pixel_bytes(share))
 
     def _wait_for_room(self, pixel_bytes: int) -> bool:
         """Block until another step may be decoded; False when the feed was closed instead."""
@@ -163,7 +165,7 @@ class Feed:
     def _deliver(self, prepared: _Prepared, num_supervised: int) -> StepBatch:
         grid, rank, share = self._groups.grid, self._groups.replica_rank, prepared.share
         received = self._transport.scatter(prepared.parcels, prepared.parcel_bytes)
-        rows, patches = unpack(received, share, grid, rank)
+        rows, patches = unpack(received, share, prepared.patch_counts, grid, rank)
         return fill(prepared.layout, rows, patches, num_supervised, self._device)
 
 

@@ -2,11 +2,15 @@
 
 from functools import partial
 
+import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 
 from megatron_keye.config.load import load_config
 from megatron_keye.contract.media import PatchGrid
+from megatron_keye.data.transport import CollectiveTransport
+from megatron_keye.io_server.buffers import BufferPool
 from megatron_keye.model.packed_segments import PackedSegments
 from megatron_keye.model.vision_attention import attention_kernel, sdpa_attention
 from megatron_keye.parallel.launch import run_ranks
@@ -32,6 +36,22 @@ def _compare_kernel(name: str) -> None:
     kernel = attention_kernel(name, head_dim=72, dtype=torch.bfloat16, device=device)
     expected = sdpa_attention(q.float(), k.float(), v.float(), segments)
     assert (kernel(q, k, v, segments).float() - expected).abs().max() < 2e-2
+
+
+def test_parcels_reach_the_gpu_from_page_locked_and_from_other_memory():
+    run_ranks(1, _send_parcels, prepare=lambda: None)
+
+
+def _send_parcels() -> None:
+    buffers, ordinary = BufferPool(1 << 24), np.arange(1000, dtype=np.int32)
+    transport = CollectiveTransport(dist.group.WORLD, torch.device("cuda"))
+    for value in range(20):  # blocks of the pool are used again
+        answer = buffers.lend(1 << 20)
+        answer[:] = value
+        sent = transport.scatter([[ordinary, answer]], [ordinary.nbytes + answer.nbytes])
+        del answer
+        expected = np.concatenate([ordinary.view(np.uint8), np.full(1 << 20, value, np.uint8)])
+        assert torch.equal(sent.cpu(), torch.from_numpy(expected))
 
 
 @pytest.mark.parametrize("backend", ["torch", "te"])

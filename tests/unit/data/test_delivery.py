@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from megatron_keye.contract.media import PATCH_VALUES, PatchGrid, SampleShape, Segment
 from megatron_keye.contract.rows import RowTokens, next_tokens, num_supervised
 from megatron_keye.data.delivery import parcel_bytes, parcels, unpack, within_one_rank
-from megatron_keye.data.loader import ReplicaData
+from megatron_keye.data.loader import ReplicaData, patch_counts
 from megatron_keye.parallel.grid import RankGrid
 from megatron_keye.plan.context_split import local_tokens
 from megatron_keye.plan.cost import CostModel
@@ -47,11 +47,12 @@ def loaded_step(shapes, grid):
 @given(shapes, grids)
 def test_every_rank_gets_its_slice_and_its_pixels(shapes, grid):
     plan, data = loaded_step(shapes, grid)
-    sizes, sent = parcel_bytes(plan, grid), parcels(data, plan, grid)
+    counts = patch_counts(plan, grid.replica_size)
+    sizes, sent = parcel_bytes(plan, counts, grid), parcels(data, plan, grid)
     for rank in range(grid.replica_size):
         parcel = np.concatenate([np.empty(0, np.uint8), *(array.reshape(-1).view(np.uint8) for array in sent[rank])])
         assert len(parcel) == sizes[rank]
-        rows, patches = unpack(torch.from_numpy(parcel), plan, grid, rank)
+        rows, patches = unpack(torch.from_numpy(parcel), plan, counts, grid, rank)
         stage, cp_rank = grid.coordinate(rank, "pp"), grid.coordinate(rank, "cp")
         for row, tokens, local in zip(plan.rows, data.rows, rows, strict=True):
             own = local_tokens(row.cu_seqlens, grid.cp, cp_rank)
@@ -83,7 +84,7 @@ def test_supervised_tokens_are_those_of_the_whole_rows(shapes, grid):
 def test_the_middle_of_a_pipeline_gets_pixels_alone():
     grid = RankGrid(pp=3)
     plan, _ = loaded_step([SampleShape(40)], grid)
-    assert parcel_bytes(plan, grid) == [4 * plan.rows[0].num_tokens, 0, 4 * plan.rows[0].num_tokens]
+    assert parcel_bytes(plan, patch_counts(plan, grid.replica_size), grid) == [4 * plan.rows[0].num_tokens, 0, 4 * plan.rows[0].num_tokens]
 
 
 def test_one_rank_needs_no_transport():
@@ -96,4 +97,4 @@ def test_one_rank_needs_no_transport():
 @pytest.mark.parametrize("cp", [1, 2])
 def test_a_slice_is_half_of_the_tokens_at_cp_2(cp):
     plan, _ = loaded_step([SampleShape(64)], RankGrid(cp=2))
-    assert parcel_bytes(plan, RankGrid(cp=cp)) == [8 * 64 // cp] * cp
+    assert parcel_bytes(plan, patch_counts(plan, cp), RankGrid(cp=cp)) == [8 * 64 // cp] * cp
