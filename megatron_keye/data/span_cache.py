@@ -42,6 +42,7 @@ class SpanCache:
     def __init__(self, folder: Path, limit_bytes: int):
         self._folder, self._limit_bytes = folder, limit_bytes
         self._lock, self._total = folder / "lock", folder / "total"
+        self._keeps = True
         folder.mkdir(parents=True, exist_ok=True)
 
     def get(self, key: str) -> bytes | None:
@@ -61,7 +62,7 @@ class SpanCache:
         return blob
 
     def put(self, key: str, blob: bytes) -> None:
-        """Keep `blob`, where it fits at all. A disk that is full costs the cache, not the caller."""
+        """Keep `blob`, where it fits at all. A disk that is full costs the cache, not the caller, and is logged once until it keeps again."""
         num_bytes = len(blob) + CRC_BYTES
         if num_bytes > self._limit_bytes:
             return
@@ -78,8 +79,11 @@ class SpanCache:
                 # The number goes first: killed in between, it is too large, which the next clearing puts right.
                 self._total.write_text(str(total))
                 partial.rename(path)
+            self._keeps = True
         except OSError as error:
-            log.warning("cannot keep data in the cache at %s: %s", self._folder, error)
+            if self._keeps:
+                log.warning("cannot keep data in the cache at %s: %s", self._folder, error)
+            self._keeps = False
             with suppress(OSError):
                 partial.unlink()
 
