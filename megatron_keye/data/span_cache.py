@@ -62,7 +62,7 @@ class SpanCache:
         return blob
 
     def put(self, key: str, blob: bytes) -> None:
-        """Keep `blob`, where it fits at all. A disk that is full costs the cache, not the caller, and is logged once until it keeps again."""
+        """Keep `blob`, where it fits at all. A disk that is full costs the cache, not the caller; it is logged once until it works."""
         num_bytes = len(blob) + CRC_BYTES
         if num_bytes > self._limit_bytes:
             return
