@@ -239,7 +239,7 @@ class _Fetch:
         if is_hedge:
             counts.add("hedge_won")
             for _, slower, _ in self._running.values():  # which may be hung: hedges are too few to find out every time
-                slower.failed("others answer sooner")
+                slower.failed(f"{slower.url}: others answer sooner")
         self._client._hedge.record(self._job, time.monotonic() - self._began_s)
         return answer
 

@@ -59,7 +59,10 @@ class Breaker:
 
 @dataclass(slots=True)
 class Server:
-    """One server, and whether to ask it. That it is left alone is logged once until it works again, as a run goes on without it."""
+    """One server, and whether to ask it. That it is left alone is logged once until it works again, as a run goes on without it.
+
+    `why` begins with its URL.
+    """
 
     url: str
     breaker: Breaker
@@ -77,7 +80,7 @@ class Server:
         was_in_use = not self.breaker.open_until_s
         yield
         if was_in_use and self.breaker.open_until_s:
-            log.warning("%s is left alone, and tried again every %g s: %s", self.url, OPEN_S, why)
+            log.warning("a server is left alone, and tried again every %g s: %s", OPEN_S, why)
 
 
 def rendezvous(key: bytes, urls: Iterable[str]) -> list[str]:

@@ -102,15 +102,15 @@ def test_a_server_that_is_left_alone_is_logged_once_until_it_works_again(caplog)
 
     for _ in range(FAILURES_TO_OPEN):
         assert not logged()
-        server.failed("refused")
-    assert logged() == ["http://a:1 is left alone, and tried again every 30 s: refused"]
+        server.failed("http://a:1: refused")
+    assert logged() == ["a server is left alone, and tried again every 30 s: http://a:1: refused"]
     clock.now_s += OPEN_S
-    server.failed("refused")
-    server.trip("denied")
+    server.failed("http://a:1: refused")
+    server.trip("http://a:1: denied")
     assert len(logged()) == 1
     server.breaker.succeeded()
-    server.trip("denied")
-    assert logged()[1:] == ["http://a:1 is left alone, and tried again every 30 s: denied"]
+    server.trip("http://a:1: denied")
+    assert logged()[1:] == ["a server is left alone, and tried again every 30 s: http://a:1: denied"]
 
 
 def test_a_fleet_follows_its_registry_and_asks_no_server_that_decodes_otherwise(tmp_path, caplog):
