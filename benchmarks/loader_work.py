@@ -17,11 +17,13 @@ from PIL import Image
 from benchmarks.shard_sets import VARIANT
 from megatron_keye.config.schema import DataConfig
 from megatron_keye.contract.media import PATCH_VALUES
+from megatron_keye.data.describe import describe, sample_frames
 from megatron_keye.data.index import open_index
-from megatron_keye.data.items import Item, Resolved, describe, load_patches, media_rules, resolve, sample_frames
-from megatron_keye.data.media import slow_fast
+from megatron_keye.data.items import Item, Resolved, load_patches, media_rules, resolve
 from megatron_keye.data.media.decoder import PYAV
+from megatron_keye.data.media.frame_tags import frame_tags
 from megatron_keye.data.media.patches import patchify
+from megatron_keye.data.media.resample import resize_bilinear
 from megatron_keye.data.media.video import iter_frames, probe
 from megatron_keye.data.record import Media, parse_record
 from megatron_keye.data.shards import parse_json
@@ -82,9 +84,9 @@ class SampleWork:
         info = probe(blob)
         sampled = sample_frames(info.num_frames, info.fps, media.options, self._rules)
         frames = list(iter_frames(blob, sampled.numbers))
-        tags = slow_fast.frame_tags(frames, self._rules.video)
+        tags = frame_tags(frames, self._rules.video)
         resolved = resolve(Item(info.height, info.width, media.options, replace(sampled, tags=tags)), self._rules)
-        return resolved, [patchify(slow_fast.resize_frames(f[None], resolved.sizes[tag])) for f, tag in zip(frames, tags, strict=True)]
+        return resolved, [patchify(resize_bilinear(f, resolved.sizes[tag])[None]) for f, tag in zip(frames, tags, strict=True)]
 
 
 def batched(samples: Sequence[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:

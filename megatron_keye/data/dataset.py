@@ -15,7 +15,7 @@ from megatron_keye.config.schema import DataConfig, DecoderName, Variant
 from megatron_keye.contract.media import SampleShape
 from megatron_keye.data.fit import Fitted, Rejected, fit, row_limit_tokens
 from megatron_keye.data.index import Index, Made, made_with, open_index
-from megatron_keye.data.items import MediaRules, media_rules, sample_frames
+from megatron_keye.data.items import MediaRules, count_frames, media_rules
 from megatron_keye.data.media.decoder import open_decoder
 from megatron_keye.data.record import Record, parse_record
 from megatron_keye.data.shards import parse_json
@@ -250,7 +250,7 @@ def _check_sampling(folder: str | Path, index: Index, rules: MediaRules) -> None
         return
     for sample, item in index.distinct_clips():
         found = len(item.frames.numbers)
-        taken = len(sample_frames(item.frames.clip_frames, item.frames.clip_fps, item.options, rules).numbers)
+        taken = count_frames(item.frames.clip_frames, item.frames.clip_fps, item.options, rules)
         if taken != found:
             raise DataError(
                 f"the index of {folder} holds {found} frames of a video of record {index.key_and_id(sample)[1]}, but the settings "

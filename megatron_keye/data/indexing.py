@@ -14,9 +14,10 @@ import numpy as np
 import torch
 
 from megatron_keye.config.schema import ImageConfig, StorageConfig, Variant, VideoConfig
+from megatron_keye.data.describe import describe
 from megatron_keye.data.index import made_with
 from megatron_keye.data.index_tables import SampleRow, ShardIndex, WebBytes, shard_index, write_index
-from megatron_keye.data.items import Item, MediaRules, describe, media_rules, resolve
+from megatron_keye.data.items import Item, MediaRules, media_rules, resolve
 from megatron_keye.data.record import Media, Record, parse_record
 from megatron_keye.data.shards import RECORD_EXTENSION, Span, check_sha256, iter_samples, list_shards, parse_json, read_span
 from megatron_keye.data.shared_counts import SharedCount, SharedCounts

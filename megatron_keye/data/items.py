@@ -1,8 +1,7 @@
 """One image or video of a sample: what its bytes say, which sizes the rules give it, and its patches.
 
-`describe` reads bytes, once, when a set is indexed. `resolve` is arithmetic on that description, so planning needs no bytes.
-`load_patches` makes the pixels that the resolved sizes promise, with the decoder of the run; what is described is always read by PyAV and
-Pillow, so that an index does not depend on the decoder or the host.
+`describe.describe` reads bytes, once, when a set is indexed. `resolve` is arithmetic on that description, so planning needs no bytes.
+`load_patches` makes the pixels that the resolved sizes promise, with the decoder of the run.
 """
 
 from collections.abc import Iterator, Mapping
@@ -14,11 +13,11 @@ from megatron_keye.config.schema import ImageConfig, Variant, VideoConfig
 from megatron_keye.contract.media import PATCH_PIXELS, PatchGrid
 from megatron_keye.data.media import preview_video, slow_fast
 from megatron_keye.data.media.decoder import MediaDecoder
-from megatron_keye.data.media.image import image_dimensions, resize_image
+from megatron_keye.data.media.image import resize_image
 from megatron_keye.data.media.patches import patchify
+from megatron_keye.data.media.resample import resize_bilinear
 from megatron_keye.data.media.resize import PREVIEW_PROCESSOR, TOKEN_AREA, PixelLimits, Size, resize_steps
 from megatron_keye.data.media.rules import VideoRules, video_rules
-from megatron_keye.data.media.video import iter_frames, probe
 from megatron_keye.data.tokenize import ItemLayout
 from megatron_keye.errors import DataError
 
@@ -79,31 +78,29 @@ def media_rules(image: ImageConfig, video: VideoConfig, variant: Variant) -> Med
     return MediaRules(variant, image.min_tokens, image.max_tokens, video_rules(video, variant))
 
 
-def describe(kind: str, blob: bytes, options: Mapping[str, float], rules: MediaRules) -> Item:
-    """Read what planning needs from an encoded image or video; decodes the sampled frames of a Keye-VL-1.5 video.
-
-    Raises DataError for bytes that cannot be decoded.
-    """
-    if kind == "image":
-        return Item(*image_dimensions(blob), options)
-    info = probe(blob)
-    frames = sample_frames(info.num_frames, info.fps, options, rules)
+def count_frames(clip_frames: int, clip_fps: float, options: Mapping[str, float], rules: MediaRules) -> int:
+    """How many frames of a clip the rules take. Raises DataError for a clip without frames or frame rate."""
+    video = asked_video_rules(options, rules)
     if rules.variant == "keye_vl_1_5":
-        tags = slow_fast.frame_tags(iter_frames(blob, frames.numbers), _video_rules(options, rules))
-        frames = replace(frames, tags=tags)
-    return Item(info.height, info.width, options, frames)
+        return slow_fast.count_frames(clip_frames, clip_fps, video, asked_pixels(options, "min_pixels"))
+    return preview_video.count_frames(clip_frames, clip_fps, video)
 
 
-def sample_frames(clip_frames: int, clip_fps: float, options: Mapping[str, float], rules: MediaRules) -> Frames:
-    """Which frames of a clip the rules take, all tagged slow."""
-    video = _video_rules(options, rules)
-    if rules.variant == "keye_vl_1_5":
-        numbers, timestamps_s = slow_fast.sample_indices(clip_frames, clip_fps, video, _pixels(options, "min_pixels"))
-        rate = len(numbers) / clip_frames * clip_fps
-    else:
-        numbers, rate = preview_video.sample_indices(clip_frames, clip_fps, video)
-        timestamps_s = (numbers / clip_fps).astype(np.float32)
-    return Frames(numbers.astype(np.int32), timestamps_s, np.zeros(len(numbers), dtype=np.uint8), rate, clip_frames, clip_fps)
+def asked_video_rules(options: Mapping[str, float], rules: MediaRules) -> VideoRules:
+    """The rules with the wishes of one record in their place."""
+    wishes: dict[str, float] = {}
+    if "fps" in options:
+        wishes["fps"] = options["fps"]
+    if "max_frames" in options:
+        wishes["max_frames"] = min(int(options["max_frames"]), rules.video.max_frames or int(options["max_frames"]))
+    if "total_pixels" in options:
+        wishes["total_tokens"] = min(int(options["total_pixels"]) // TOKEN_AREA, rules.video.total_tokens)
+    return replace(rules.video, **wishes)
+
+
+def asked_pixels(options: Mapping[str, float], name: str) -> int | None:
+    """A limit in pixels of one record, None where it has none."""
+    return int(options[name]) if name in options else None
 
 
 def resolve(item: Item, rules: MediaRules, max_tokens: int | None = None) -> Resolved:
@@ -145,9 +142,9 @@ def _resolve_image(item: Item, rules: MediaRules, max_tokens: int | None) -> Res
 
 
 def _resolve_slow_fast(item: Item, frames: Frames, rules: MediaRules, max_tokens: int | None) -> Resolved:
-    video = _video_rules(item.options, rules)
+    video = asked_video_rules(item.options, rules)
     budget = video.total_tokens if max_tokens is None else min(max_tokens, video.total_tokens)
-    least, most = _pixels(item.options, "min_pixels"), _pixels(item.options, "max_pixels")
+    least, most = asked_pixels(item.options, "min_pixels"), asked_pixels(item.options, "max_pixels")
     sizes = slow_fast.video_sizes(frames.tags, item.height, item.width, video, least, most, budget)
     slow, fast = _grid(1, sizes.slow), _grid(1, sizes.fast)
     fast_flags = tuple(bool(tag) for tag in frames.tags)
@@ -157,11 +154,11 @@ def _resolve_slow_fast(item: Item, frames: Frames, rules: MediaRules, max_tokens
 
 def _resolve_clip(item: Item, frames: Frames, rules: MediaRules, max_tokens: int | None) -> Resolved:
     num_frames = len(frames.numbers)
-    least, most = _pixels(item.options, "min_pixels"), _pixels(item.options, "max_pixels")
+    least, most = asked_pixels(item.options, "min_pixels"), asked_pixels(item.options, "max_pixels")
     if max_tokens is not None:
         bound = max(max_tokens // num_frames * TOKEN_AREA, rules.video.min_frame_tokens * TOKEN_AREA)
         most = bound if most is None else min(most, bound)
-    video = _video_rules(item.options, rules)
+    video = asked_video_rules(item.options, rules)
     steps = preview_video.frame_steps(item.height, item.width, num_frames, video, least, most, processor=rules.processor)
     ticks_per_frame = TOKENS_PER_SECOND / frames.rate
     return Resolved(ItemLayout("video", (_grid(num_frames, steps[-1]),), ticks_per_frame=ticks_per_frame), steps)
@@ -170,29 +167,13 @@ def _resolve_clip(item: Item, frames: Frames, rules: MediaRules, max_tokens: int
 def _slow_fast_patches(item: Item, tags: np.ndarray, sizes: tuple[Size, ...], frames: Iterator[np.ndarray]) -> Iterator[np.ndarray]:
     for tag, frame in zip(tags, frames, strict=True):
         _expect_size(frame.shape[:2], item)
-        yield patchify(slow_fast.resize_frames(frame[None], sizes[tag]))
+        yield patchify(resize_bilinear(frame, sizes[tag])[None])
 
 
 def _clip_patches(item: Item, sizes: tuple[Size, ...], frames: Iterator[np.ndarray]) -> Iterator[np.ndarray]:
     for frame in frames:
         _expect_size(frame.shape[:2], item)
         yield patchify(preview_video.resize_frames(frame[None], sizes))
-
-
-def _video_rules(options: Mapping[str, float], rules: MediaRules) -> VideoRules:
-    """The rules with the wishes of one record in their place."""
-    wishes: dict[str, float] = {}
-    if "fps" in options:
-        wishes["fps"] = options["fps"]
-    if "max_frames" in options:
-        wishes["max_frames"] = min(int(options["max_frames"]), rules.video.max_frames or int(options["max_frames"]))
-    if "total_pixels" in options:
-        wishes["total_tokens"] = min(int(options["total_pixels"]) // TOKEN_AREA, rules.video.total_tokens)
-    return replace(rules.video, **wishes)
-
-
-def _pixels(options: Mapping[str, float], name: str) -> int | None:
-    return int(options[name]) if name in options else None
 
 
 def _grid(num_frames: int, size: Size) -> PatchGrid:

@@ -12,7 +12,8 @@ import numpy as np
 
 from megatron_keye.config.schema import StorageConfig
 from megatron_keye.contract.media import SampleShape
-from megatron_keye.data.items import Item, MediaRules, Resolved, describe, load_patches, resolve
+from megatron_keye.data.describe import describe
+from megatron_keye.data.items import Item, MediaRules, Resolved, load_patches, resolve
 from megatron_keye.data.media.decoder import PYAV
 from megatron_keye.data.record import Media, Record, parse_record
 from megatron_keye.data.shards import parse_json

@@ -12,7 +12,7 @@ import numpy as np
 
 from megatron_keye.data.media.image import read_image, resize_image
 from megatron_keye.data.media.preview_video import resize_frames as resize_preview_frames
-from megatron_keye.data.media.slow_fast import resize_frames as resize_slow_fast_frames
+from megatron_keye.data.media.resample import resize_bilinear
 
 _PICTURES = ((97, 131), (250, 166))
 _SIZES = ((56, 84), (140, 196), (364, 252))
@@ -40,7 +40,7 @@ def pixel_fingerprint() -> str:
         picture = _noise((height, width, 3))
         for size in _SIZES:
             digest.update(resize_image(picture, (size,)))
-            digest.update(resize_slow_fast_frames(picture[None], size))
+            digest.update(resize_bilinear(picture, size))
             digest.update(resize_preview_frames(picture[None], (size,)))
     for width in _VIDEO_WIDTHS:
         for planes in (_noise((_VIDEO_HEIGHT * 3 // 2, width)), _noise((_VIDEO_HEIGHT * 3 // 2, width, 2)).view("<u2")[..., 0] % 1024):

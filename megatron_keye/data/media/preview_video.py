@@ -3,9 +3,8 @@
 import math
 
 import numpy as np
-import torch
-import torch.nn.functional as F
 
+from megatron_keye.data.media import torch_resize
 from megatron_keye.data.media.image import resize_image
 from megatron_keye.data.media.resize import (
     PREVIEW_FETCH,
@@ -17,8 +16,7 @@ from megatron_keye.data.media.resize import (
     smart_resize,
     with_processor_step,
 )
-from megatron_keye.data.media.rules import VideoRules
-from megatron_keye.data.media.sampling import check_clip, uniform_indices
+from megatron_keye.data.media.rules import VideoRules, check_clip
 
 _FRAME_MULTIPLE = 2
 _MIN_FRAMES = 4
@@ -26,18 +24,16 @@ _MIN_SLACK = 1.05
 """The largest frame may always exceed the smallest by this factor, whatever the budget."""
 
 
-def sample_indices(total_frames: int, video_fps: float, rules: VideoRules) -> tuple[np.ndarray, float]:
-    """Frames to take, int64 [n], and their rate in frames per second, from which temporal positions follow.
+def count_frames(total_frames: int, video_fps: float, rules: VideoRules) -> int:
+    """How many frames of a clip are taken: `rules.fps` times its duration, at least 4, at most `rules.max_frames` and the clip's own,
+    rounded down to even. A clip of one frame, which the released code refuses, gives that frame.
 
-    n is `rules.fps` times the duration, at least 4, at most `rules.max_frames` and the clip's own, rounded down to even.
-    A clip of one frame, which the released code refuses, gives that frame. Raises DataError for a clip without frames or
-    frame rate.
+    Raises DataError for a clip without frames or frame rate.
     """
     check_clip(total_frames, video_fps)
     most = min(rules.max_frames or total_frames, total_frames)
     count = min(max(total_frames / video_fps * rules.fps, _MIN_FRAMES), most)
-    num_frames = max(1, math.floor(count / _FRAME_MULTIPLE) * _FRAME_MULTIPLE)
-    return uniform_indices(total_frames, num_frames), num_frames / total_frames * video_fps
+    return max(1, math.floor(count / _FRAME_MULTIPLE) * _FRAME_MULTIPLE)
 
 
 def frame_steps(
@@ -71,9 +67,6 @@ def frame_steps(
 def resize_frames(frames: np.ndarray, sizes: tuple[Size, ...]) -> np.ndarray:
     """uint8 [n, H, W, 3] to uint8 [n, h, w, 3], through every size in turn.
 
-    The first resize is torch's antialiased bicubic kernel in float32, clamped and rounded to uint8 (what torchvision does
-    with a uint8 tensor); a second one is Pillow's, as in the image processor.
+    The first resize is torch's antialiased bicubic one in float32; a second one is Pillow's, as in the image processor.
     """
-    pixels = torch.from_numpy(frames).permute(0, 3, 1, 2).float()
-    resized = F.interpolate(pixels, sizes[0], mode="bicubic", align_corners=False, antialias=True).clamp(0, 255).round().byte()
-    return np.stack([resize_image(frame, sizes[1:]) for frame in resized.permute(0, 2, 3, 1).contiguous().numpy()])
+    return np.stack([resize_image(frame, sizes[1:]) for frame in torch_resize.resize_bicubic(frames, sizes[0])])

@@ -1,9 +1,10 @@
-"""The numbers of video sampling and sizing: which preset, which variant, which overrides."""
+"""The numbers of video sampling and sizing: which preset, which variant, which overrides; and the clips that they can be applied to."""
 
+import math
 from dataclasses import dataclass, replace
 
 from megatron_keye.config.schema import Variant, VideoConfig
-from megatron_keye.errors import SettingsError
+from megatron_keye.errors import DataError, SettingsError
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,6 +55,12 @@ def video_rules(config: VideoConfig, variant: Variant) -> VideoRules:
     if problems:
         raise SettingsError(problems)
     return rules
+
+
+def check_clip(total_frames: int, video_fps: float) -> None:
+    """Raises DataError for a clip without frames or without a usable frame rate."""
+    if total_frames < 1 or not (math.isfinite(video_fps) and video_fps > 0):
+        raise DataError(f"found a clip of {total_frames} frames at {video_fps} frames per second; expected one or more, at a rate above 0")
 
 
 def _contradictions(rules: VideoRules) -> list[str]:

@@ -4,10 +4,12 @@ import numpy as np
 import pytest
 
 from megatron_keye.config.schema import ImageConfig, VideoConfig
-from megatron_keye.data.items import Item, describe, load_patches, media_rules, resolve, sample_frames
-from megatron_keye.data.media import preview_video, slow_fast
+from megatron_keye.data.describe import describe, sample_frames
+from megatron_keye.data.items import Item, count_frames, load_patches, media_rules, resolve
+from megatron_keye.data.media import preview_video
 from megatron_keye.data.media.decoder import PYAV
 from megatron_keye.data.media.patches import patchify
+from megatron_keye.data.media.resample import resize_bilinear
 from megatron_keye.data.media.video import decode_frames
 from megatron_keye.errors import DataError
 from tests.unit.data.corpus import mp4, png
@@ -30,7 +32,7 @@ def test_a_1_5_video_is_its_sampled_frames_in_slow_and_fast_sizes(clip):
     slow, fast = resolved.sizes
     assert slow > fast
     expected = [
-        patchify(slow_fast.resize_frames(frame[None], fast if tag else slow))
+        patchify(resize_bilinear(frame, fast if tag else slow)[None])
         for frame, tag in zip(decode_frames(clip, item.frames.numbers), item.frames.tags, strict=True)
     ]
     for patches, frame, grid in zip(load_patches(item, resolved, clip, "keye_vl_1_5", PYAV), expected, resolved.layout.grids, strict=True):
@@ -52,7 +54,7 @@ def test_a_preview_clip_is_one_segment_of_all_its_frames(clip):
     ("options", "num_frames"), [({}, 20), ({"fps": 1.0}, 10), ({"max_frames": 7}, 7), ({"total_pixels": 784 * 48 * 5}, 5)]
 )
 def test_a_record_can_ask_for_fewer_frames(options, num_frames):
-    assert len(sample_frames(300, 30.0, options, KEYE_1_5).numbers) == num_frames
+    assert len(sample_frames(300, 30.0, options, KEYE_1_5).numbers) == count_frames(300, 30.0, options, KEYE_1_5) == num_frames
 
 
 def test_a_record_cannot_ask_for_more_frames_than_the_settings_allow():

@@ -19,7 +19,8 @@ from transformers.models.qwen3_vl.modeling_qwen3_vl import Qwen3VLVisionPatchMer
 
 from megatron_keye.config.schema import ImageConfig, VideoConfig
 from megatron_keye.contract.media import SampleShape
-from megatron_keye.data.items import describe, load_patches, media_rules, resolve
+from megatron_keye.data.describe import describe
+from megatron_keye.data.items import load_patches, media_rules, resolve
 from megatron_keye.data.media.decoder import PYAV
 from megatron_keye.errors import DataError, NumericError
 from megatron_keye.train import cli

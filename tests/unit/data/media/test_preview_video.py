@@ -5,9 +5,10 @@ import pytest
 from PIL import Image
 
 from megatron_keye.config.schema import VideoConfig
-from megatron_keye.data.media.preview_video import frame_steps, resize_frames, sample_indices
+from megatron_keye.data.media.preview_video import frame_steps, resize_frames
 from megatron_keye.data.media.resize import TOKEN_AREA
 from megatron_keye.data.media.rules import video_rules
+from megatron_keye.data.media.sampling import preview_indices
 from megatron_keye.errors import DataError
 
 RULES = video_rules(VideoConfig(), "keye_vl_preview")
@@ -28,14 +29,14 @@ RULES = video_rules(VideoConfig(), "keye_vl_preview")
 )
 def test_sampled_frames(total, fps, max_frames, count, start, last, rate):
     rules = video_rules(VideoConfig(max_frames=max_frames), "keye_vl_preview")
-    indices, sample_fps = sample_indices(total, fps, rules)
+    indices, sample_fps = preview_indices(total, fps, rules)
     assert indices.dtype == np.int64
     assert (len(indices), indices[: len(start)].tolist(), indices[-1], sample_fps) == (count, start, last, rate)
 
 
 def test_a_clip_without_frames_is_refused():
     with pytest.raises(DataError, match="clip of 0 frames"):
-        sample_indices(0, 30.0, RULES)
+        preview_indices(0, 30.0, RULES)
 
 
 @pytest.mark.parametrize(

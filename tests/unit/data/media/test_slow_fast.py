@@ -9,9 +9,12 @@ from hypothesis import strategies as st
 
 from megatron_keye.config.schema import VideoConfig
 from megatron_keye.data.media import video
+from megatron_keye.data.media.frame_tags import FrameTagger, frame_tags
+from megatron_keye.data.media.resample import resize_bilinear
 from megatron_keye.data.media.resize import TOKEN_AREA
 from megatron_keye.data.media.rules import VideoRules, video_rules
-from megatron_keye.data.media.slow_fast import FrameTagger, frame_tags, resize_frames, sample_indices, video_sizes
+from megatron_keye.data.media.sampling import slow_fast_indices
+from megatron_keye.data.media.slow_fast import video_sizes
 from megatron_keye.errors import DataError
 
 RELEASED = video_rules(VideoConfig(), "keye_vl_1_5")
@@ -47,7 +50,7 @@ def _scenes(seed: int, num_frames: int, height: int, width: int) -> np.ndarray:
 def test_sampled_frame_count_equals_the_oracle(oracle, total, fps, wanted_fps, cap):
     rules = video_rules(VideoConfig(fps=wanted_fps, max_frames=cap), "keye_vl_1_5")
     part = {"fps": wanted_fps} if cap is None else {"fps": wanted_fps, "max_frames": cap}
-    indices, timestamps = sample_indices(total, fps, rules)
+    indices, timestamps = slow_fast_indices(total, fps, rules)
     expected = max(1, oracle.smart_nframes(part, total_frames=total, video_fps=fps))
     assert len(indices) == len(timestamps) == expected
     assert indices[0] == 0
@@ -60,7 +63,7 @@ def test_indices_and_timestamps_equal_the_oracle(fetch_video, total, fps):
     frames = np.zeros((total, 28, 56, 3), dtype=np.uint8)
     frames[:, 0, 0, 0], frames[:, 0, 0, 1] = numbers % 256, numbers // 256
     taken, found = fetch_video(frames, fps)
-    indices, timestamps = sample_indices(total, fps, RELEASED)
+    indices, timestamps = slow_fast_indices(total, fps, RELEASED)
     assert indices.dtype == np.int64
     assert timestamps.dtype == np.float32
     assert np.array_equal(indices, taken[:, 0, 0, 0].numpy() + 256 * taken[:, 1, 0, 0].numpy().astype(np.int64))
@@ -81,13 +84,13 @@ def test_indices_and_timestamps_equal_the_oracle(fetch_video, total, fps):
     ],
 )
 def test_frame_count_of(total, fps, rules, item, count):
-    assert len(sample_indices(total, fps, rules, **item)[0]) == count
+    assert len(slow_fast_indices(total, fps, rules, **item)[0]) == count
 
 
 @pytest.mark.parametrize(("total", "fps"), [(0, 30.0), (10, 0.0), (10, float("nan")), (10, float("inf"))])
 def test_a_clip_without_frames_or_rate_is_refused(total, fps):
     with pytest.raises(DataError, match="expected one or more"):
-        sample_indices(total, fps, RELEASED)
+        slow_fast_indices(total, fps, RELEASED)
 
 
 # ---- slow and fast
@@ -208,7 +211,7 @@ def test_a_decoded_clip_equals_the_oracle(encode_clip, fetch_video, preset):
     part = {"min_frame_similarity": rules.min_frame_similarity, "video_total_pixels": rules.total_tokens * TOKEN_AREA}
     taken, found = fetch_video(frames, info.fps, **part)
 
-    indices, timestamps = sample_indices(info.num_frames, info.fps, rules)
+    indices, timestamps = slow_fast_indices(info.num_frames, info.fps, rules)
     tags = frame_tags(video.iter_frames(blob, indices), rules)
     sizes = video_sizes(tags, info.height, info.width, rules)
     assert np.array_equal(frames[indices], taken.permute(0, 2, 3, 1).numpy())
@@ -222,9 +225,7 @@ def test_a_decoded_clip_equals_the_oracle(encode_clip, fetch_video, preset):
 def test_resized_pixels_are_those_of_the_whole_batch(size):
     frames = _scenes(1, 5, 100, 160)
     batch = F.interpolate(torch.from_numpy(frames).permute(0, 3, 1, 2).contiguous(), size, mode="bilinear", antialias=True)
-    single = np.concatenate([resize_frames(frames[k : k + 1], size) for k in range(5)])
+    single = np.stack([resize_bilinear(frame, size) for frame in frames])
     assert single.dtype == np.uint8
-    assert single.flags.c_contiguous
     assert np.array_equal(single, batch.permute(0, 2, 3, 1).numpy())
-    assert np.array_equal(resize_frames(frames, size), single)
     print(f"parity slow_fast_resize_{size[0]}x{size[1]} max_diff={np.abs(single - batch.permute(0, 2, 3, 1).numpy()).max()}")
