@@ -20,6 +20,7 @@ CLIPS = {
     "h264": BFRAMES,
     "h264_open_gop": {**BFRAMES, "x264-params": "open-gop=1"},
     "h264_10_bit": {**BFRAMES, "pix_fmt": "yuv420p10le"},
+    "h264_variable_rate": {**BFRAMES, "pts": np.cumsum([1 + (k * k) % 4 for k in range(48)]).tolist()},
     "h264_rotated": {**BFRAMES, "rotation": 90},
     "mpeg_ts": {**BFRAMES, "container": "mpegts"},
     "hevc": X265,

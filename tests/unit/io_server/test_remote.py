@@ -4,8 +4,10 @@ import random
 import socket
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from io import BytesIO
 from types import SimpleNamespace
 
+import av
 import numpy as np
 import pytest
 
@@ -196,6 +198,26 @@ def test_a_text_named_mp4_opens_no_other_file(indexed, tokenizer, real, tmp_path
     (disguised := tmp_path / "clip.mp4").write_text(text.format(other="other.mp4"))
     changes = dict(path=str(disguised), offset=0, num_bytes=disguised.stat().st_size, sha256=None)
     assert error_of(post(real.url, job.model_copy(update=changes))) == (422, "corrupt")
+
+
+def sound_alone() -> bytes:
+    file = BytesIO()
+    with av.open(file, "w", format="mp4") as container:
+        stream = container.add_stream("aac", rate=44100, layout="mono")
+        frame = av.AudioFrame.from_ndarray(np.zeros((1, 2048), np.float32), format="fltp", layout="mono")
+        frame.sample_rate = 44100
+        container.mux(stream.encode(frame))
+        container.mux(stream.encode(None))
+    return file.getvalue()
+
+
+@pytest.mark.parametrize("blob", [b"", sound_alone()], ids=["nothing", "sound alone"])
+def test_a_file_without_pictures_is_corrupt(indexed, tokenizer, real, tmp_path, blob):
+    dataset, _ = open_set(indexed[VARIANTS[0]], tokenizer, VARIANTS[0])
+    media = (m for s in range(len(dataset)) for m in dataset.stored_media(s) if m.item.frames is not None)
+    (path := tmp_path / "clip.mp4").write_bytes(blob)
+    changes = dict(path=str(path), offset=0, num_bytes=max(len(blob), 1), sha256=None)
+    assert error_of(post(real.url, job_of(next(media), real.front._decoder_id).model_copy(update=changes))) == (422, "corrupt")
 
 
 def damaged(blob: bytes, seed: int) -> bytes:
