@@ -153,11 +153,9 @@ class _Fetch:
         self._deadline_s = self._began_s + client.settings.deadline_s
         self._servers = deque(client.fleet.ranked(job.key))
         self._running: dict[Future, tuple[Attempt, Server, bool]] = {}
-        self._not_before_s: dict[str, float] = {}
-        """When servers that were busy may be asked for this job again, by URL. Others need not wait: a place may be free by then."""
         self._failed = self._crashed = 0
         self._is_final = False
-        self._hedged = False
+        self._hedged = self._was_refused = False
 
     def run(self) -> np.ndarray | None:
         try:
@@ -173,8 +171,9 @@ class _Fetch:
                         return answer
             return None
         finally:
-            for attempt, _, _ in self._running.values():
+            for attempt, server, _ in self._running.values():
                 attempt.cancel()
+                server.places.free()
 
     def _next_attempt(self) -> bool:
         """See to it that an attempt is running; False where nothing more can be tried."""
@@ -183,17 +182,29 @@ class _Fetch:
         if self._is_stopped(0) or not self._servers or self._failed >= MAX_ATTEMPTS:
             return False
         now_s = time.monotonic()
-        server = min(self._servers, key=lambda s: (max(self._may_ask_s(s), now_s), max(s.breaker.busy_until_s, now_s)))
-        pause_s = self._may_ask_s(server) - now_s
-        if pause_s > 0 and (time.monotonic() + pause_s >= self._deadline_s or self._is_stopped(pause_s)):
+        server = min(self._servers, key=lambda s: max(s.breaker.busy_until_s, now_s))
+        if not self._wait_for_place(server):
             return False
         if self._failed:
             self._client.counts.add("retried")
         self._start(server, is_hedge=False)
         return True
 
-    def _may_ask_s(self, server: Server) -> float:
-        return self._not_before_s.get(server.url, 0.0)
+    def _wait_for_place(self, server: Server) -> bool:
+        """Wait while the server is busy; False where that takes too long, or this ends. Any place that another job of this client leaves
+        there is given to the one that waits longest: without that the server would be idle until `Retry-After` is over.
+        """
+        pause_s = server.breaker.busy_until_s - time.monotonic()
+        if pause_s <= 0:
+            return True
+        if time.monotonic() + pause_s >= self._deadline_s:
+            return False
+        turn = server.places.queue(first=self._was_refused)
+        wait(self._stops | {turn}, pause_s, return_when=FIRST_COMPLETED)
+        is_stopped = self._is_stopped(0)
+        if server.places.leave(turn) and is_stopped:
+            server.places.free()  # for the next in line
+        return not is_stopped
 
     def _is_stopped(self, within_s: float) -> bool:
         return bool(wait(self._stops, within_s, return_when=FIRST_COMPLETED).done)
@@ -235,6 +246,7 @@ class _Fetch:
             self._note(server, error)
             return None
         server.breaker.succeeded()
+        server.places.free()
         counts.add("remote")
         if is_hedge:
             counts.add("hedge_won")
@@ -249,11 +261,11 @@ class _Fetch:
         if code == "busy":
             self._client.counts.add("busy")
             breaker.succeeded()
-            breaker.busy(error.retry_after_s)
-            pause_s = error.retry_after_s * random.uniform(0.5, 1.0)  # or all would come back together
-            self._not_before_s[server.url] = time.monotonic() + pause_s
+            breaker.busy(error.retry_after_s * random.uniform(0.5, 1.0))  # or all would come back together
             self._servers.append(server)
+            self._was_refused = True
             return
+        server.places.free()
         self._client.counts.failure(str(error))
         self._failed += 1
         if code is None or code == "internal":

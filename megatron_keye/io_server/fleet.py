@@ -4,7 +4,9 @@ import hashlib
 import logging
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -57,6 +59,34 @@ class Breaker:
         self.busy_until_s = self.clock() + retry_after_s
 
 
+class Places:
+    """Who waits for a place at a server that is busy, first come, first served. May be used from several threads."""
+
+    def __init__(self):
+        self._waiting: deque[Future] = deque()
+        self._lock = threading.Lock()
+
+    def queue(self, *, first: bool) -> Future:
+        """What is done when a place is free; at the head of the line for one that was there before. It must `leave` in the end."""
+        turn: Future = Future()
+        with self._lock:
+            self._waiting.insert(0 if first else len(self._waiting), turn)
+        return turn
+
+    def leave(self, turn: Future) -> bool:
+        """Whether it was given a place."""
+        with self._lock:
+            if not turn.done():
+                self._waiting.remove(turn)
+            return turn.done()
+
+    def free(self) -> None:
+        """A request has ended, so that there is room for another."""
+        with self._lock:
+            if self._waiting:
+                self._waiting.popleft().set_result(None)
+
+
 @dataclass(slots=True)
 class Server:
     """One server, and whether to ask it. That it is left alone is logged once until it works again, as a run goes on without it.
@@ -66,6 +96,7 @@ class Server:
 
     url: str
     breaker: Breaker
+    places: Places = field(default_factory=Places)
 
     def failed(self, why: str) -> None:
         with self._logged(why):

@@ -95,18 +95,16 @@ def test_a_busy_server_is_waited_for(start_server, write):
     assert client.counts.values["busy"] > 0
 
 
-def test_a_job_need_not_wait_because_the_server_was_busy_for_another(pair, write):
-    path = write("picture")
-    job = job_for(path)
-    client = client_of(*(server.url for server in pair))
-    first, second = client.fleet.ranked(job.key)
-    first.breaker.busy(1000.0)
-    served = [(server.pool.counts["jobs"], server) for server in in_order(job, pair)]
-    assert as_bytes(client.fetch(job)) == expected(job, path)
-    assert [server.pool.counts["jobs"] - jobs for jobs, server in served] == [0, 1]  # the other one is as good
-    second.breaker.trip()
-    assert as_bytes(client.fetch(job)) == expected(job, path)
-    assert [server.pool.counts["jobs"] - jobs for jobs, server in served] == [1, 1]  # and this one may have a place by now
+def test_a_place_at_a_busy_server_is_taken_as_soon_as_it_is_free(start_server, write):
+    """Not only after `Retry-After`, of one second."""
+    client = client_of(start_server(num_workers=1, queue_jobs=1).url, requests=8)
+    paths = [write(f"sleep 0.02 {number}") for number in range(30)]
+    began_s = time.monotonic()
+    with ThreadPoolExecutor(8) as threads:
+        answers = list(threads.map(lambda path: client.fetch(job_for(path)), paths))
+    assert time.monotonic() - began_s < 4.0
+    assert [as_bytes(a) for a in answers] == [expected(job_for(path), path) for path in paths]
+    assert client.counts.values["busy"] > 0
 
 
 def test_a_slow_server_is_hedged_and_the_loser_stops(pair, write):

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from megatron_keye.errors import SettingsError
 from megatron_keye.io_server.auth import load_secret
-from megatron_keye.io_server.fleet import FAILURES_TO_OPEN, OPEN_S, REREAD_S, Breaker, Fleet, Server, rendezvous
+from megatron_keye.io_server.fleet import FAILURES_TO_OPEN, OPEN_S, REREAD_S, Breaker, Fleet, Places, Server, rendezvous
 from megatron_keye.io_server.metrics import Metrics
 from megatron_keye.io_server.protocol import DecodeJob, Refused, is_server_url, parse_job
 from megatron_keye.io_server.registry import LEASE_S, lease_path, live_leases, remove_lease, write_lease
@@ -92,6 +92,21 @@ def test_a_breaker_opens_after_failures_in_a_row_and_lets_one_decide_later():
     assert breaker.allows()
     breaker.failed()
     assert breaker.allows()
+
+
+def test_places_are_given_to_who_waits_longest():
+    places = Places()
+    places.free()  # of which nobody knows
+    first, second, third = (places.queue(first=False) for _ in range(3))
+    returned = places.queue(first=True)
+    assert not any(turn.done() for turn in (returned, first, second, third))
+    places.free()
+    assert places.leave(returned)
+    assert not places.leave(first)
+    places.free()
+    assert second.done() and not third.done()
+    assert places.leave(second) and not places.leave(third)
+    places.free()
 
 
 def test_a_server_that_is_left_alone_is_logged_once_until_it_works_again(caplog):
