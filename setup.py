@@ -39,7 +39,7 @@ setup(
         "gpu": ["transformer-engine[pytorch]", "flash-attn"],
         "s3": ["s3fs"],  # data sets at s3:// URLs; other stores have fsspec packages of their own
         "dali": ["nvidia-dali-cuda120"],
-        "fast": ["numba"],  # compiled planning, worth it from hundreds of replicas on, and resizing of images in a quarter of the time
+        "fast": ["numba"],  # fast resizing and decode workers without torch; compiled planning, worth it from hundreds of replicas on
         # In an environment of its own: these want older versions of what constraints.txt pins. mosaicml-streaming cannot be listed, as it
         # asks for numpy < 2.2 and transformers < 5; benchmarks/resume.py measures it where it can be imported all the same.
         "benchmarks": ["megatron-energon", "torchdata", "numba"],

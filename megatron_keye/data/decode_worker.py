@@ -11,17 +11,15 @@ if TYPE_CHECKING:
 
 def open_sets(sets: list[dict[str, Any]]) -> "list[MixedDataset]":
     """The data sets, as `workers.SampleSet.to_json` describes them."""
-    # These take seconds to import. By now `main` has told the kernel to end this process with its parent; before, a run that is
+    # These take a while to import. By now `main` has told the kernel to end this process with its parent; before, a run that is
     # killed would leave it behind for as long.
     import cv2
-    import torch
 
     from megatron_keye.config.schema import DataConfig
     from megatron_keye.data.media.decoder import open_decoder
     from megatron_keye.data.mixture import open_samples
     from megatron_keye.data.tokenizer import load_tokenizer
 
-    torch.set_num_threads(1)
     cv2.setNumThreads(1)
     opened = []
     for described in sets:

@@ -1,7 +1,7 @@
 """The loop of a worker process: it opens the data sets of a run and answers one request at a time, into the memory file that comes
 with it. `workers.py` starts it, and replaces it when it dies, hangs or runs out of memory.
 
-Nothing here needs torch; what opens the data sets, and does, is handed in.
+Nothing here knows how to decode; what opens the data sets is handed in.
 """
 
 import os

@@ -1,4 +1,8 @@
-"""The worker program that servers start: the run's own functions, with the decoder of its first argument, behind `worker.main`."""
+"""The program that servers start, with the decoder of its first argument.
+
+`identify` prints the decoder's id, which takes torch and a second. `serve` decodes by the run's own functions, behind `worker.main`;
+torch is loaded for Preview's clips alone, and for those of Keye-VL-1.5 where numba is missing.
+"""
 
 import sys
 from collections.abc import Iterator
@@ -6,13 +10,13 @@ from functools import partial
 
 import cv2
 import numpy as np
-import torch
 
 from megatron_keye.data.items import Frames, Item, iter_patches
-from megatron_keye.data.media.decoder import MediaDecoder, decoder_id, open_decoder
+from megatron_keye.data.media.decoder import MediaDecoder, check_versions, decoder_id, open_decoder
+from megatron_keye.data.media.resample import load_compiled
 from megatron_keye.errors import KeyeError
+from megatron_keye.io_server import worker
 from megatron_keye.io_server.protocol import DecodeJob
-from megatron_keye.io_server.worker import main
 
 
 def decode(decoder: MediaDecoder, job: DecodeJob, blob: bytes) -> Iterator[np.ndarray]:
@@ -30,12 +34,22 @@ def _item(job: DecodeJob) -> Item:
     return Item(job.height, job.width, frames=frames)
 
 
-if __name__ == "__main__":
-    torch.set_num_threads(1)
+def main(name: str, action: str, *arguments: str) -> int:
+    """`identify`, or `serve` with the id that it printed and the arguments of `worker.main`. Raises SettingsError for a decoder that is
+    missing, and one that is not that of the id any more."""
+    decoder = open_decoder(name)
+    if action == "identify":
+        print(decoder_id(decoder))
+        return 0
+    found_id, *rest = arguments
+    check_versions(decoder, found_id)
     cv2.setNumThreads(1)
-    name, *arguments = sys.argv[1:]
+    load_compiled()
+    return worker.main(rest, partial(decode, decoder))
+
+
+if __name__ == "__main__":
     try:
-        chosen = open_decoder(name)
-    except KeyeError as missing:
-        sys.exit(f"error: {missing}")
-    sys.exit(main(arguments, partial(decode, chosen), decoder_id(chosen)))
+        sys.exit(main(*sys.argv[1:]))
+    except KeyeError as error:
+        sys.exit(f"error: {error}")

@@ -6,6 +6,7 @@ import signal
 import socket
 import sys
 from collections import Counter
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 
@@ -27,8 +28,27 @@ CRASHES = frozenset({signal.SIGSEGV, signal.SIGBUS, signal.SIGILL, signal.SIGFPE
 
 
 def worker_command(decoder: DecoderName) -> tuple[str, ...]:
-    """The program of workers that decode with this decoder."""
+    """The program that decodes with this decoder, for `PoolSettings.command`."""
     return (sys.executable, "-m", "megatron_keye.io_server.decode", decoder)
+
+
+async def identify(command: Sequence[str]) -> str:
+    """The id of the program's decoder. Raises KeyeError where it gives none."""
+    process = await asyncio.create_subprocess_exec(
+        *command, "identify", env=os.environ | WORKER_ENVIRONMENT, stdin=asyncio.subprocess.DEVNULL, stdout=asyncio.subprocess.PIPE
+    )
+    try:
+        async with asyncio.timeout(START_TIMEOUT_S):
+            text, _ = await process.communicate()
+    except TimeoutError as error:
+        raise KeyeError(f"the decoder did not say its id within {START_TIMEOUT_S:g} s: {' '.join(command)} identify") from error
+    finally:
+        if process.returncode is None:
+            process.kill()
+            await process.wait()
+    if process.returncode:
+        raise KeyeError(f"the decoder cannot be used (code {process.returncode}); what it wrote to stderr says why")
+    return text.decode().strip()
 
 
 class WorkerDied(Exception):
@@ -48,7 +68,8 @@ class PoolSettings:
     """Folders and URLs."""
     limits: WorkerLimits
     command: tuple[str, ...]
-    """Program that calls `worker.main`, with its first arguments."""
+    """Program with its first arguments. With `identify` it prints its decoder's id, with `serve`, that id and the arguments of
+    `worker.main` it is a worker."""
     disk: DiskCache | None = None
 
 
@@ -58,17 +79,16 @@ class Worker:
     def __init__(self, process: asyncio.subprocess.Process, sock: socket.socket):
         self.process, self.sock = process, sock
         self.jobs = 0
-        self.decoder_id = ""
         self._sending = asyncio.Lock()
 
     @classmethod
-    async def start(cls, settings: PoolSettings) -> "Worker":
+    async def start(cls, settings: PoolSettings, decoder_id: str) -> "Worker":
         """Raises KeyeError where the program does not come up."""
         ours, theirs = socket.socketpair()
         ours.setblocking(False)
         limits = settings.limits
         disk = ("", "0") if settings.disk is None else (str(settings.disk.folder), str(settings.disk.limit_bytes))
-        arguments = (str(theirs.fileno()), str(limits.memory_bytes), str(limits.decode_s), *disk, *settings.roots)
+        arguments = ("serve", decoder_id, str(theirs.fileno()), str(limits.memory_bytes), str(limits.decode_s), *disk, *settings.roots)
         environment = os.environ | WORKER_ENVIRONMENT
         with theirs:
             process = await asyncio.create_subprocess_exec(
@@ -77,7 +97,7 @@ class Worker:
         worker = cls(process, ours)
         try:
             async with asyncio.timeout(START_TIMEOUT_S):
-                worker.decoder_id = (await messages.receive_async(ours))["decoder_id"]
+                await messages.receive_async(ours)
         except BaseException as error:
             await worker.end()
             if isinstance(error, messages.Closed | TimeoutError):
@@ -113,6 +133,7 @@ class WorkerPool:
 
     def __init__(self, settings: PoolSettings):
         self._settings = settings
+        self._decoder_id = ""
         self._idle: asyncio.Queue[Worker] = asyncio.Queue()
         self._workers: set[Worker] = set()
         self._tasks: set[asyncio.Task] = set()
@@ -129,11 +150,12 @@ class WorkerPool:
         return [worker.process.pid for worker in self._workers]
 
     async def start(self) -> str:
-        """Start all workers; returns their decoder id. Raises KeyeError where one does not come up."""
-        workers = await asyncio.gather(*(Worker.start(self._settings) for _ in range(self._settings.num_workers)))
+        """Start all workers; returns their decoder's id. Raises KeyeError where one does not come up."""
+        self._decoder_id = await identify(self._settings.command)
+        workers = await asyncio.gather(*(self._start_worker() for _ in range(self._settings.num_workers)))
         for worker in workers:
             self._admit(worker)
-        return workers[0].decoder_id
+        return self._decoder_id
 
     async def run(self, job: str, slab: Slab) -> str:
         """Decode one job into `slab`; returns the checksum of its bytes.
@@ -217,10 +239,13 @@ class WorkerPool:
         await lost.end()
         while True:
             try:
-                self._admit(await Worker.start(self._settings))
+                self._admit(await self._start_worker())
                 return
             except KeyeError:
                 await asyncio.sleep(RESTART_PAUSE_S)
+
+    async def _start_worker(self) -> Worker:
+        return await Worker.start(self._settings, self._decoder_id)
 
     def _admit(self, worker: Worker) -> None:
         self.counts["started"] += 1

@@ -1,7 +1,7 @@
 """A worker process: takes one job at a time from the front, writes its patches into the memory file that came with it.
 
-It may be killed at any moment, by its own limits or by the front, and is never trusted to answer. Nothing here needs torch;
-`decode`, which does, is handed in.
+It may be killed at any moment, by its own limits or by the front, and is never trusted to answer. Nothing here knows how to decode;
+`decode` is handed in.
 """
 
 import os
@@ -36,16 +36,17 @@ class Cancelled(Exception):
 
 @dataclass(frozen=True, slots=True)
 class WorkerLimits:
-    """`memory_bytes` is address space beyond what the worker takes when it starts."""
+    """`memory_bytes` is address space beyond what the worker takes when it starts, and what libraries take that it loads later
+    (`limits.lifted_memory_limit`)."""
 
     memory_bytes: int
     decode_s: float
 
 
-def serve(sock: socket.socket, blobs: Blobs, limits: WorkerLimits, decode: Decode, decoder_id: str) -> None:
-    """Answer jobs until the front closes its end. Everything that `decode` needs must have been imported."""
+def serve(sock: socket.socket, blobs: Blobs, limits: WorkerLimits, decode: Decode) -> None:
+    """Answer jobs until the front closes its end."""
     limit_memory(limits.memory_bytes)
-    messages.send(sock, {"ready": True, "decoder_id": decoder_id})
+    messages.send(sock, {"ready": True})
     while True:
         try:
             message, fd = messages.receive(sock)
@@ -96,8 +97,8 @@ def _code(error: BaseException) -> str:
     return "corrupt" if isinstance(error, DataError) else "internal"
 
 
-def main(arguments: Sequence[str], decode: Decode, decoder_id: str) -> int:
-    """Serve with `decode`, whose pixels `decoder_id` names.
+def main(arguments: Sequence[str], decode: Decode) -> int:
+    """Serve with `decode`.
 
     `arguments`: descriptor of the socket, memory limit in bytes, time limit in seconds, folder of the disk cache or nothing, its limit
     in bytes, roots.
@@ -107,5 +108,5 @@ def main(arguments: Sequence[str], decode: Decode, decoder_id: str) -> int:
     with socket.socket(fileno=int(fd)) as sock:
         os.set_inheritable(sock.fileno(), False)
         disk = DiskCache(Path(disk_folder), int(disk_bytes)) if disk_folder else None
-        serve(sock, Blobs(roots, disk), WorkerLimits(int(memory_bytes), float(decode_s)), decode, decoder_id)
+        serve(sock, Blobs(roots, disk), WorkerLimits(int(memory_bytes), float(decode_s)), decode)
     return 0

@@ -70,6 +70,21 @@ def open_decoder(name: DecoderName) -> MediaDecoder:
 
 
 def decoder_id(decoder: MediaDecoder) -> str:
-    """Everything that decides about pixels: the decoder, the libraries that resize, and what this machine's kernels make of noise."""
+    """Everything that decides about pixels: the decoder, the libraries that resize, and what this machine's kernels make of noise.
+
+    The last loads torch and takes a second.
+    """
+    return _names_and_versions(decoder) + pixel_fingerprint()
+
+
+def check_versions(decoder: MediaDecoder, found_id: str) -> None:
+    """Raises SettingsError unless all of `found_id` that names and versions decide, which an earlier process of this machine found,
+    still holds. Does without torch."""
+    now = _names_and_versions(decoder)
+    if not found_id.startswith(now):
+        raise SettingsError(f"packages changed: found {now.removesuffix('-pixels-')}, but the server started with {found_id}: restart it")
+
+
+def _names_and_versions(decoder: MediaDecoder) -> str:
     resizers = "-".join(f"{name}-{version(name).partition('+')[0]}" for name in ("pillow", "torch"))
-    return f"{decoder.name}-{resizers}-pixels-{pixel_fingerprint()}"
+    return f"{decoder.name}-{resizers}-pixels-"

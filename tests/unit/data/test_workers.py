@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from contextlib import contextmanager
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -19,6 +20,7 @@ from megatron_keye.data.sources import ThreadSource
 from megatron_keye.data.tokenizer import load_tokenizer
 from megatron_keye.data.workers import DecodeWorkers, SampleSet, WorkerSource
 from megatron_keye.errors import DataError, KeyeError, SettingsError, UnreachableError
+from megatron_keye.plan.compiled import has_numba
 from megatron_keye.plan.types import Document, EncodeTask, ReplicaPlan, Row
 from tests.unit.data.fake_decode_worker import BYTES_PER_SAMPLE, fake_pixels, fake_shape, fake_tokens
 
@@ -263,11 +265,15 @@ def test_real_workers_read_what_threads_read(indexed, tokenizer_folder, variant)
     dataset = open_samples(str(indexed[variant]), load_tokenizer(tokenizer_folder, variant), variant, config)
     pool = DecodeWorkers([SampleSet(str(indexed[variant]), variant, config, dataset.fingerprint)], LoaderConfig(workers=1))
     here, there = ThreadSource(dataset, 2, dataset.bytes_read), WorkerSource(pool, 0, dataset.sample_id)
-    for sample in range(0, len(dataset), 3):
+    samples = range(0, len(dataset), 3)
+    assert {"image", "video"} <= {layout.kind for sample in samples for layout in dataset.layouts(sample)}
+    for sample in samples:
         a, b = here.read(sample, dataset.shape(sample)), there.read(sample, dataset.shape(sample))
         assert np.array_equal(a.tokens.token_ids, b.tokens.token_ids)
         assert np.array_equal(a.tokens.supervised, b.tokens.supervised)
         assert all(np.array_equal(p, q) for p, q in zip(a.patches, b.patches, strict=True))
     assert here.counts() == there.counts()
     assert here.counts().bytes_read > 0
+    has_loaded_torch = "libtorch" in Path(f"/proc/{pool.workers[0].pid}/maps").read_text()
+    assert has_loaded_torch == (variant == "keye_vl_preview" or not has_numba()), "Preview's clips need it, others where numba is missing"
     pool.close()

@@ -32,8 +32,11 @@ CLIENT = ClientSettings(deadline_s=20.0, hedge_after_s=10.0, requests=4, in_flig
 class RunningServer:
     """A front in a thread. `settings` fields may be overridden by name, those of its pool too."""
 
-    def __init__(self, root: Path, command=FAKE_WORKER, num_workers=1, queue_jobs=4, decode_s=10.0, roots=(), disk=None, **settings):
-        limits = WorkerLimits(512 * MIB if command is FAKE_WORKER else 2048 * MIB, decode_s)
+    def __init__(
+        self, root: Path, command=FAKE_WORKER, num_workers=1, queue_jobs=4, decode_s=10.0, roots=(), disk=None, worker_bytes=512 * MIB,
+        **settings,
+    ):  # fmt: skip
+        limits = WorkerLimits(worker_bytes, decode_s)
         pool = PoolSettings(num_workers, queue_jobs, tuple(map(str, roots or (root,))), limits, command, disk)
         given = ServerSettings("127.0.0.1", 0, pool, memory_bytes=64 * MIB, drain_s=10.0)
         self.front = Front(replace(given, **settings))
@@ -68,7 +71,7 @@ class RunningServer:
 
 
 def real_server(root: Path, **settings) -> RunningServer:
-    return RunningServer(root, worker_command("pyav"), **settings)
+    return RunningServer(root, worker_command("pyav"), **({"worker_bytes": 2048 * MIB} | settings))
 
 
 def job_for(path: Path, /, **changes) -> DecodeJob:
