@@ -49,7 +49,8 @@ def resize_bilinear(image: np.ndarray, size: Size) -> np.ndarray:
 
 def load_compiled() -> None:
     """Load the compiled code, where there is any, before memory is limited or time counts."""
-    resize_bilinear(np.zeros((2, 2, 3), np.uint8), (3, 3))
+    if has_numba():
+        _bilinear(np.zeros((2, 2, 3), np.uint8), (3, 3))
 
 
 def _bicubic(image: np.ndarray, size: Size) -> np.ndarray:
