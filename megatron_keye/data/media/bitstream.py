@@ -8,6 +8,9 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from typing import NamedTuple
 
+_HEADER_BYTES = 128
+"""More than what is read of a header takes."""
+
 
 class PictureFacts(NamedTuple):
     is_clean_start: bool
@@ -93,18 +96,14 @@ def _nal_headers(data: bytes, length_bytes: int) -> Iterator[bytes]:
 
 
 class _Bits:
-    """Reads bits from the front of `data`; behind its end they are zeros."""
+    """Reads bits from the front of `data`, at most `_HEADER_BYTES`; behind its end there are only zeros."""
 
     def __init__(self, data: bytes):
-        self._data, self._place = data, 0
+        self._value, self._left = int.from_bytes(data[:_HEADER_BYTES].ljust(_HEADER_BYTES, b"\0"), "big"), 8 * _HEADER_BYTES
 
     def read(self, count: int) -> int:
-        value = 0
-        for place in range(self._place, self._place + count):
-            byte = self._data[place >> 3] if place >> 3 < len(self._data) else 0
-            value = value << 1 | byte >> (7 - (place & 7)) & 1
-        self._place += count
-        return value
+        self._left = max(self._left - count, 0)
+        return self._value >> self._left & (1 << count) - 1
 
 
 def _vp9_facts(data: bytes) -> PictureFacts:
@@ -122,8 +121,6 @@ def _vp9_facts(data: bytes) -> PictureFacts:
 _SEQUENCE_HEADER, _FRAME_HEADER, _FRAME = 1, 3, 6
 _KEY_FRAME, _INTER_FRAME, _SWITCH_FRAME = 0, 1, 3
 _SELECT = 2
-_HEADER_BYTES = 64
-"""More than what is read of a header takes."""
 
 
 class _Av1Sequence(NamedTuple):
