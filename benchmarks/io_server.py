@@ -50,6 +50,7 @@ OVERLOAD_QUEUE = 8
 
 WEB_BITS_PER_PIXEL = 0.09
 """1.1 Mbit/s at 480p, 2.5 at 720p, 5.6 at 1080p."""
+GROUP_FRAMES = 250
 BOOTSTRAPS = 2000
 OWN_DECODER = decoder_id(PYAV)
 
@@ -79,15 +80,23 @@ def encoder_options(codec: str) -> dict[str, str]:
     return {"libsvtav1": {"preset": "8"}, "libvpx-vp9": {"cpu-used": "5", "row-mt": "1"}}.get(codec, {"preset": "fast"})
 
 
-def make_clip(path: Path, codec: str, seconds: int, height: int, seed: int, bits_per_pixel: float = WEB_BITS_PER_PIXEL) -> None:
-    """A clip with B-frames: a picture of smoothed noise that pans, with grain."""
+def make_clip(
+    path: Path,
+    codec: str,
+    seconds: int,
+    height: int,
+    seed: int,
+    bits_per_pixel: float = WEB_BITS_PER_PIXEL,
+    group_frames: int = GROUP_FRAMES,
+) -> None:
+    """A clip with B-frames: a picture of smoothed noise that pans, with grain; at most `group_frames` from one key frame to the next."""
     rng = np.random.default_rng(seed)
     width = height * 16 // 9 // 2 * 2
     noise = rng.integers(0, 256, (height // 4, width // 2, 3), dtype=np.uint8)
     canvas = cv2.resize(noise, (2 * width, height), interpolation=cv2.INTER_CUBIC)
     stream = BytesIO()
     with av.open(stream, "w", format="mp4") as container:
-        track = container.add_stream(codec, rate=FRAME_RATE, options=encoder_options(codec))
+        track = container.add_stream(codec, rate=FRAME_RATE, options=encoder_options(codec) | {"g": str(group_frames)})
         track.width, track.height, track.pix_fmt = width, height, "yuv420p"
         track.bit_rate = int(bits_per_pixel * FRAME_RATE * width * height)
         for number in range(seconds * FRAME_RATE):
