@@ -9,9 +9,11 @@ import pytest
 from megatron_keye.data.media.decoder import PYAV, decoder_id
 from megatron_keye.io_server.decode import decode
 from megatron_keye.io_server.pool import worker_command
+from megatron_keye.plan.compiled import has_numba
 from tests.unit.data.corpus import mp4, png
 from tests.unit.io_server.serving import MIB, error_of, job_for, post, real_server
 
+WITH_NUMBA = pytest.mark.skipif(not has_numba(), reason="without numba torch resizes frames")
 IN_A_PROCESS = """
 import sys
 from pathlib import Path
@@ -35,8 +37,8 @@ def media(tmp_path):
     return clip, picture
 
 
+@WITH_NUMBA
 def test_keye_vl_1_5_is_decoded_without_torch(media):
-    pytest.importorskip("numba")
     clip, picture = media
     jobs = job_for(clip, **SLOW_FAST), job_for(picture, sizes=((392, 308),), **PICTURE)
     command = [sys.executable, "-c", IN_A_PROCESS, *(job.model_dump_json() for job in jobs)]
@@ -54,8 +56,8 @@ def has_loaded_torch(pid: int) -> bool:
     return "libtorch" in Path(f"/proc/{pid}/maps").read_text()
 
 
+@WITH_NUMBA
 def test_previews_clips_load_torch_which_does_not_count_against_the_limit(media, tmp_path):
-    pytest.importorskip("numba")
     clip, picture = media
     server = real_server(tmp_path, worker_bytes=256 * MIB, decode_s=60.0)  # torch alone would take more
     own = server.front._decoder_id
