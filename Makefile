@@ -10,12 +10,13 @@ TORCH := torch==2.13.0
 STAMP := $(VENV)/.complete
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: help setup data train train-long test test-slow chaos slurm-drills slurm-drills-fast lint smoke clean
+.PHONY: help setup data train train-long test test-dali test-slow chaos slurm-drills slurm-drills-fast lint smoke clean
 
 help:
 	@echo "make train       set up, make the demo data, train the debug-size Keye-VL-1.5 on N=$(N) processes, evaluate (10 minutes)"
 	@echo "make train-long  the same model trained longer (45 minutes)"
 	@echo "make test        set up, then the CPU tests (15 minutes)"
+	@echo "make test-dali   installs NVIDIA DALI (400 MB) and tests it as a decoder, on a GPU where there is one"
 	@echo "make test-slow   the tests that kill whole runs (minutes)"
 	@echo "make chaos       runs that are killed, stopped and starved of disk LIVES=$(LIVES) times, against undisturbed ones (15 minutes)"
 	@echo "make slurm-drills  what launch/ promises, on a SLURM cluster inside this machine (30 minutes; root, Debian's slurm packages)"
@@ -53,6 +54,10 @@ train-long: data
 
 test: setup
 	$(BIN)/python -m pytest -q -n $(N) --dist worksteal -m "not gpu and not slow and not slurm" tests
+
+test-dali: setup
+	$(BIN)/pip install -q -e '.[dali]' -c constraints.txt
+	$(BIN)/python -m pytest -q tests/unit/data/media/test_dali_library.py
 
 test-slow: setup
 	$(BIN)/python -m pytest -q -m "slow and not slurm" tests
