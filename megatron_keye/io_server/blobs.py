@@ -90,7 +90,7 @@ class Blobs:
         root = next((root for root in self._stores if url.startswith(f"{root}/")), None)
         name = "" if root is None else url.removeprefix(f"{root}/")
         if root is None or not PLAIN_NAME.fullmatch(name):
-            raise Refused("denied", "the URL leads out of those that this server was started with (--root)")
+            raise Refused("forbidden_path", "the URL leads out of those that this server was started with (--root)")
 
         def read(span: Span) -> bytes:
             try:

@@ -274,6 +274,8 @@ class _Fetch:
             server.trip(str(error))
         else:
             breaker.succeeded()
+            if code == "forbidden_path":  # of this medium: the server is in order for others
+                server.forbade(str(error))
         if code == "corrupt":  # no other server would find it whole; the caller says how it is broken
             self._client.counts.add("confirmed_here")
             self._is_final = True

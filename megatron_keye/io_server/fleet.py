@@ -97,6 +97,7 @@ class Server:
     url: str
     breaker: Breaker
     places: Places = field(default_factory=Places)
+    _has_forbidden: bool = False
 
     def failed(self, why: str) -> None:
         with self._logged(why):
@@ -105,6 +106,12 @@ class Server:
     def trip(self, why: str) -> None:
         with self._logged(why):
             self.breaker.trip()
+
+    def forbade(self, why: str) -> None:
+        """It may not read what a medium is in. Logged once, as the run decodes all such media by itself."""
+        if not self._has_forbidden:
+            self._has_forbidden = True
+            log.warning("a server may not read a data set, which then is decoded elsewhere: give it the set's folder as a --root: %s", why)
 
     @contextmanager
     def _logged(self, why: str) -> Iterator[None]:

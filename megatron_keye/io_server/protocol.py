@@ -23,12 +23,13 @@ MAX_FRAMES = 8192
 MAX_SIDE_PIXELS = 1 << 16
 
 ErrorCode = Literal[
-    "bad_request", "not_found", "denied", "missing", "wrong_decoder", "too_large", "corrupt", "unsupported", "oom", "worker_crashed",
-    "decode_timeout", "busy", "draining", "worker_lost", "internal",
+    "bad_request", "not_found", "denied", "forbidden_path", "missing", "wrong_decoder", "too_large", "corrupt", "unsupported", "oom",
+    "worker_crashed", "decode_timeout", "busy", "draining", "worker_lost", "internal",
 ]  # fmt: skip
 STATUS: dict[ErrorCode, int] = {
     "bad_request": 400,
     "denied": 403,
+    "forbidden_path": 403,
     "not_found": 404,
     "missing": 404,
     "wrong_decoder": 409,

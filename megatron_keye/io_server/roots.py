@@ -20,9 +20,10 @@ class Roots:
         self._real = [os.path.realpath(folder) for folder in folders]
 
     def open(self, path: str) -> BufferedReader:
-        """Open a file for reading. Raises Refused: `denied` outside of the roots, `missing` where there is no such file."""
+        """Open a file for reading. Raises Refused: `forbidden_path` outside of the roots, and for what is no regular file; `missing` where
+        there is no such file."""
         if "\0" in path or not os.path.isabs(path):
-            raise Refused("denied", "expected an absolute path")
+            raise Refused("forbidden_path", "expected an absolute path")
         self._check(os.path.realpath(path))
         try:
             # Opening a pipe without O_NONBLOCK would wait for its other end.
@@ -33,7 +34,7 @@ class Roots:
             # The path may have been changed since it was resolved: what counts is the file that is open.
             self._check(os.readlink(f"/proc/self/fd/{fd}"))
             if not stat.S_ISREG(os.fstat(fd).st_mode):
-                raise Refused("denied", f"{path} is not a regular file")
+                raise Refused("forbidden_path", f"{path} is not a regular file")
         except BaseException:
             os.close(fd)
             raise
@@ -45,4 +46,4 @@ class Roots:
 
     def _check(self, real: str) -> None:
         if not self.holds(real):
-            raise Refused("denied", "the path leads out of the folders that this server was started with (--root)")
+            raise Refused("forbidden_path", "the path leads out of the folders that this server was started with (--root)")

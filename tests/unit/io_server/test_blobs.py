@@ -48,7 +48,7 @@ def test_what_is_kept_is_only_for_who_may_ask_for_the_file(root, clip, disk, tmp
     Blobs([str(root)], disk).read(job_of(clip))
     (tmp_path / "outside").write_bytes(clip.read_bytes())
     (root / "link").symlink_to(tmp_path / "outside")
-    for path, code in ((tmp_path / "outside", "denied"), (root / "link", "denied"), (root / "gone", "missing")):
+    for path, code in ((tmp_path / "outside", "forbidden_path"), (root / "link", "forbidden_path"), (root / "gone", "missing")):
         job = job_of(clip).model_copy(update={"path": str(path)})
         with pytest.raises(Refused) as refusal:
             Blobs([str(root)], disk).read(job)
@@ -155,7 +155,7 @@ def test_a_url_outside_of_the_roots_is_denied(root, clip, name):
         for path in (f"{url}/root/{name}", f"{url}/root2/shard", f"{url}/shard", "s3://other/shard"):
             with pytest.raises(Refused) as refusal:
                 blobs.read(job_of(clip).model_copy(update={"path": path}))
-            assert refusal.value.code == "denied"
+            assert refusal.value.code == "forbidden_path"
         assert not faults.requests
 
 

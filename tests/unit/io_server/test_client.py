@@ -260,6 +260,19 @@ def test_a_damaged_medium_is_asked_for_once(pair, write):
     assert client.counts.values == {"failed": 1, "confirmed_here": 1}
 
 
+def test_a_server_that_may_not_read_one_set_is_asked_for_others_and_the_log_says_so_once(start_server, write, tmp_path, caplog):
+    for name in ("in", "out"):
+        (tmp_path / name).mkdir()
+    server = start_server(root=tmp_path / "in")
+    client = client_of(server.url)
+    for number in range(4):
+        assert client.fetch(job_for(write("picture", f"out/{number}"))) is None
+        assert client.fetch(job_for(write("picture", f"in/{number}"))) is not None
+    assert client.counts.values == {"remote": 4, "failed": 4}
+    (said,) = [record.getMessage() for record in caplog.records]
+    assert said.startswith("a server may not read") and f"{server.url}: forbidden_path" in said
+
+
 def test_a_server_that_is_tried_again_is_in_order_whatever_it_answers(pair, write):
     client = client_of(pair[0].url)
     (server,) = client.fleet.ranked(b"key")
