@@ -1,5 +1,6 @@
 """Memory that answers are read into, used again and again: fresh pages cost the kernel as much as copying an answer into them."""
 
+import logging
 import threading
 import weakref
 from collections import deque
@@ -12,9 +13,11 @@ LEAST_BLOCK_BYTES = 1 << 20
 STEPS_PER_DOUBLING = 4
 """Sizes of blocks from one power of two to the next: at most a fifth of a block is not used."""
 
+log = logging.getLogger(__name__)
+
 
 class BufferPool:
-    """Lends arrays, page-locked where there is a GPU to copy them to. May be called from several threads.
+    """Lends arrays, page-locked where there is a GPU to copy them to and the kernel allows it. May be called from several threads.
 
     A block comes back when nothing refers to its array any more, nor to any part of it: no code gives it back, so none does too early.
     """
@@ -26,6 +29,7 @@ class BufferPool:
         self._idle_bytes = 0
         # Finalizers only append here. They run at any moment, also in a thread that holds the lock.
         self._returned: deque[np.ndarray] = deque()
+        self._page_locks = torch.cuda.is_available()
         self._lock = threading.Lock()
 
     def lend(self, num_bytes: int) -> np.ndarray:
@@ -50,14 +54,21 @@ class BufferPool:
                 self._idle_bytes -= num_bytes
             while self._idle_bytes > self._idle_limit_bytes:
                 self._idle_bytes -= len(self._idle.popleft())
-        return _new_block(num_bytes) if place is None else block
+        return self._new_block(num_bytes) if place is None else block
+
+    def _new_block(self, num_bytes: int) -> np.ndarray:
+        if self._page_locks:
+            try:
+                return torch.empty(num_bytes, dtype=torch.uint8, pin_memory=True).numpy()
+            except RuntimeError as error:  # of CUDA: such memory is only faster
+                with self._lock:
+                    is_first, self._page_locks = self._page_locks, False
+                if is_first:
+                    log.warning("no more page-locked memory, answers of servers go into ordinary one from here on: %s", error)
+        return np.empty(num_bytes, dtype=np.uint8)
 
 
 def block_bytes(num_bytes: int) -> int:
     """Size of the block for an array of `num_bytes`, so that arrays of nearly the same size use the same blocks."""
     step = max(1 << (num_bytes - 1).bit_length(), 2 * STEPS_PER_DOUBLING) // (2 * STEPS_PER_DOUBLING)
     return -(-num_bytes // step) * step
-
-
-def _new_block(num_bytes: int) -> np.ndarray:
-    return torch.empty(num_bytes, dtype=torch.uint8, pin_memory=torch.cuda.is_available()).numpy()

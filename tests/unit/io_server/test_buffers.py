@@ -75,6 +75,19 @@ def test_idle_memory_is_bounded_and_the_last_used_stays():
     assert [address(block) for block in pool._idle] == addresses[4:]
 
 
+def test_memory_that_cannot_be_page_locked_is_ordinary_and_the_log_says_so_once(monkeypatch, caplog):
+    def refuse(*args, pin_memory, **kwargs):
+        raise RuntimeError("CUDA error: out of memory")
+
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.empty", refuse)
+    pool = BufferPool(16 * BIG)
+    arrays = [pool.lend(BIG) for _ in range(3)]
+    assert len({address(array) for array in arrays}) == 3
+    (said,) = caplog.records
+    assert "page-locked memory" in said.getMessage() and "CUDA error" in said.getMessage()
+
+
 def test_no_two_threads_hold_the_same_memory():
     pool = BufferPool(8 * BIG)
 
