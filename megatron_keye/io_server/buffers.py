@@ -27,7 +27,7 @@ class BufferPool:
         self._idle_limit_bytes = idle_limit_bytes
         self._idle: deque[np.ndarray] = deque()
         self._idle_bytes = 0
-        # Finalizers only append here. They run at any moment, also in a thread that holds the lock.
+        # Finalizers append here, and may not wait for the lock: they run at any moment, also in a thread that holds it.
         self._returned: deque[np.ndarray] = deque()
         self._page_locks = torch.cuda.is_available()
         self._lock = threading.Lock()
@@ -39,32 +39,50 @@ class BufferPool:
         block = self._take(block_bytes(num_bytes))
         # Parts of an array refer to it only where its own base is no array: hence the memoryview. They would refer to the block otherwise.
         lent = np.frombuffer(memoryview(block), dtype=np.uint8, count=num_bytes)
-        weakref.finalize(lent, self._returned.append, block).atexit = False
+        weakref.finalize(lent, self._give_back, block).atexit = False
         return lent
 
     def _take(self, num_bytes: int) -> np.ndarray:
         with self._lock:
-            while self._returned:
-                self._idle.append(self._returned.popleft())
-                self._idle_bytes += len(self._idle[-1])
+            self._collect()
             place = next((place for place, block in enumerate(self._idle) if len(block) == num_bytes), None)
             if place is not None:
                 block = self._idle[place]
                 del self._idle[place]
                 self._idle_bytes -= num_bytes
-            while self._idle_bytes > self._idle_limit_bytes:
-                self._idle_bytes -= len(self._idle.popleft())
+            self._trim()
+        self._settle()
         return self._new_block(num_bytes) if place is None else block
+
+    def _give_back(self, block: np.ndarray) -> None:
+        self._returned.append(block)
+        self._settle()
+
+    def _settle(self) -> None:
+        """Make the limit hold, unless another thread has the lock: that one calls this when it has let go, so that none is overlooked."""
+        while self._returned and self._lock.acquire(blocking=False):
+            try:
+                self._collect()
+                self._trim()
+            finally:
+                self._lock.release()
+
+    def _collect(self) -> None:
+        while self._returned:
+            self._idle.append(self._returned.popleft())
+            self._idle_bytes += len(self._idle[-1])
+
+    def _trim(self) -> None:
+        while self._idle_bytes > self._idle_limit_bytes:
+            self._idle_bytes -= len(self._idle.popleft())
 
     def _new_block(self, num_bytes: int) -> np.ndarray:
         if self._page_locks:
             try:
                 return torch.empty(num_bytes, dtype=torch.uint8, pin_memory=True).numpy()
             except RuntimeError as error:  # of CUDA: such memory is only faster
-                with self._lock:
-                    is_first, self._page_locks = self._page_locks, False
-                if is_first:
-                    log.warning("no more page-locked memory, answers of servers go into ordinary one from here on: %s", error)
+                self._page_locks = False
+                log.warning("no more page-locked memory, answers of servers go into ordinary one from here on: %s", error)
         return np.empty(num_bytes, dtype=np.uint8)
 
 
