@@ -7,18 +7,16 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from megatron_keye.io_server.registry import Lease, live_leases
+from megatron_keye.io_server.registry import Lease, RegistryNews
 
 FAILURES_TO_OPEN = 3
 """Consecutive failures after which a server is left alone."""
 OPEN_S = 30.0
 """For how long, before one request may try it again."""
-REREAD_S = 5.0
-"""Age of what is known from the registry."""
 
 Clock = Callable[[], float]
 
@@ -126,39 +124,30 @@ def rendezvous(key: bytes, urls: Iterable[str]) -> list[str]:
     return sorted(urls, key=lambda url: (hashlib.blake2b(url.encode(), key=key[:64], digest_size=8).digest(), url), reverse=True)
 
 
-@dataclass
 class Fleet:
     """The servers of a run, given by URL or found in a registry folder. All methods may be called from several threads."""
 
-    urls: tuple[str, ...]
-    registry: Path | None = None
-    decoder_id: str = ""
-    """Servers of the registry that decode otherwise are never asked."""
-    clock: Clock = time.monotonic
-    unlike: tuple[str, ...] = ()
-    """Servers of the registry that are not asked for that reason, as last read."""
-    _servers: dict[str, Server] = field(default_factory=dict)
-    _leases: list[Lease] = field(default_factory=list)
-    _lock: threading.Lock = field(default_factory=threading.Lock)
-    _read_s: float | None = None
+    def __init__(self, urls: tuple[str, ...], registry: Path | None = None, decoder_id: str = "", clock: Clock = time.monotonic):
+        """Servers of the registry whose decoder id is another are never asked: `unlike`, as last read."""
+        self.urls, self.decoder_id, self.clock = urls, decoder_id, clock
+        self.unlike: tuple[str, ...] = ()
+        self._news = None if registry is None else RegistryNews(registry, clock)
+        self._servers: dict[str, Server] = {}
+        self._lock = threading.Lock()
 
     def ranked(self, key: bytes) -> list[Server]:
         """Servers that may be asked, from first to last choice; none where all are out of order."""
+        if self._news is not None:
+            self._news.refresh()
         with self._lock:
-            self._refresh()
+            self._follow([] if self._news is None else self._news.leases)
             usable = [url for url, server in self._servers.items() if server.breaker.allows()]
             return [self._servers[url] for url in rendezvous(key, usable)]
 
-    def _refresh(self) -> None:
-        if self._read_s is not None and (self.registry is None or self.clock() - self._read_s < REREAD_S):
-            return
-        self._read_s = self.clock()
-        if self.registry is not None:
-            with suppress(OSError):  # a shared folder that cannot be listed for a moment: what was known holds
-                self._leases = live_leases(self.registry)
-        unlike = tuple(lease.url for lease in self._leases if lease.decoder_id != self.decoder_id)
+    def _follow(self, leases: list[Lease]) -> None:
+        unlike = tuple(lease.url for lease in leases if lease.decoder_id != self.decoder_id)
         if set(unlike) - set(self.unlike):
             log.warning("servers that decode otherwise than %s are not asked: %s", self.decoder_id, ", ".join(unlike))
         self.unlike = unlike
-        wanted = dict.fromkeys((*self.urls, *(lease.url for lease in self._leases if lease.decoder_id == self.decoder_id)))
+        wanted = dict.fromkeys((*self.urls, *(lease.url for lease in leases if lease.decoder_id == self.decoder_id)))
         self._servers = {url: self._servers.get(url) or Server(url, Breaker(self.clock)) for url in wanted}

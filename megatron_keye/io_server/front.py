@@ -29,7 +29,7 @@ from megatron_keye.io_server.protocol import (
     Refused,
     parse_job,
 )
-from megatron_keye.io_server.registry import RENEW_S, remove_lease, write_lease
+from megatron_keye.io_server.registry import RENEW_S, remove_dead_leases, remove_lease, write_lease
 from megatron_keye.io_server.results import Result, Results
 from megatron_keye.io_server.slabs import SlabBudget
 
@@ -133,6 +133,8 @@ class Front:
         settings = self._settings
         if settings.registry is None:
             return
+        with suppress(OSError):
+            await asyncio.to_thread(remove_dead_leases, settings.registry)
         while not self._draining.is_set():
             try:
                 await asyncio.to_thread(write_lease, settings.registry, self.url, self._decoder_id, settings.pool.num_workers)

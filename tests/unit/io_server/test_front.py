@@ -16,6 +16,7 @@ from megatron_keye.errors import SettingsError
 from megatron_keye.io_server import auth
 from megatron_keye.io_server.front import WORKER_EVENTS
 from megatron_keye.io_server.protocol import DECODE_PATH, MAX_REQUEST_BYTES, RESULT_HEADER
+from megatron_keye.io_server.registry import lease_path, write_lease
 from tests.unit.io_server.serving import MIB, RunningServer, clip_job, error_of, expected, job_for, post, request, wait_until
 
 SECRET = b"0123456789abcdef0123456789abcdef"
@@ -360,7 +361,11 @@ def test_a_server_without_a_secret_stays_on_this_machine(tmp_path):
 
 
 def test_a_request_to_stop_finishes_what_is_at_hand(start_server, write, tmp_path):
+    write_lease(tmp_path / "registry", "http://dead:1", "d", 4)
+    dead = lease_path(tmp_path / "registry", "http://dead:1")
+    dead.write_text(json.dumps(json.loads(dead.read_text()) | {"expires_s": 1e9}))
     server = start_server(num_workers=1, registry=tmp_path / "registry")
+    wait_until(lambda: not dead.exists())
     slow = write("sleep 0.2")
     job = clip_job(slow, 4)
     wait_until(lambda: list((tmp_path / "registry").glob("*.json")))

@@ -7,6 +7,8 @@ import json
 import os
 import subprocess
 import sys
+import threading
+import time
 
 import pytest
 from hypothesis import given
@@ -14,10 +16,19 @@ from hypothesis import strategies as st
 
 from megatron_keye.errors import SettingsError
 from megatron_keye.io_server.auth import load_secret
-from megatron_keye.io_server.fleet import FAILURES_TO_OPEN, OPEN_S, REREAD_S, Breaker, Fleet, Places, Server, rendezvous
+from megatron_keye.io_server.fleet import FAILURES_TO_OPEN, OPEN_S, Breaker, Fleet, Places, Server, rendezvous
 from megatron_keye.io_server.metrics import Metrics
 from megatron_keye.io_server.protocol import DecodeJob, Refused, is_server_url, parse_job
-from megatron_keye.io_server.registry import LEASE_S, lease_path, live_leases, remove_lease, write_lease
+from megatron_keye.io_server.registry import (
+    DEAD_S,
+    LEASE_S,
+    REREAD_S,
+    lease_path,
+    live_leases,
+    remove_dead_leases,
+    remove_lease,
+    write_lease,
+)
 from megatron_keye.io_server.results import Results
 from megatron_keye.io_server.slabs import SlabBudget
 
@@ -128,13 +139,19 @@ def test_a_server_that_is_left_alone_is_logged_once_until_it_works_again(caplog)
     assert logged()[1:] == ["a server is left alone, and tried again every 30 s: http://a:1: denied"]
 
 
+def urls_after_a_while(fleet, clock) -> set[str]:
+    clock.now_s += REREAD_S
+    fleet.ranked(b"key")
+    fleet._news._reader.join(10)
+    return {server.url for server in fleet.ranked(b"key")}
+
+
 def test_a_fleet_follows_its_registry_and_asks_no_server_that_decodes_otherwise(tmp_path, caplog):
     fleet = Fleet(("http://fixed:1",), tmp_path, "mine", clock=(clock := Clock()))
     write_lease(tmp_path, "http://a:1", "mine", 1)
     write_lease(tmp_path, "http://b:1", "other", 1)
     for _ in range(2):
-        clock.now_s += REREAD_S
-        fleet.ranked(b"key")
+        urls_after_a_while(fleet, clock)
     (said,) = caplog.records
     assert said.getMessage() == "servers that decode otherwise than mine are not asked: http://b:1"
     assert {server.url for server in fleet.ranked(b"key")} == {"http://fixed:1", "http://a:1"}
@@ -143,8 +160,7 @@ def test_a_fleet_follows_its_registry_and_asks_no_server_that_decodes_otherwise(
     write_lease(tmp_path, "http://c:1", "mine", 1)
     remove_lease(tmp_path, "http://b:1")
     assert {server.url for server in fleet.ranked(b"key")} == {"http://fixed:1"}
-    clock.now_s += REREAD_S
-    assert {server.url for server in fleet.ranked(b"key")} == {"http://fixed:1", "http://c:1"}  # what failed stays out
+    assert urls_after_a_while(fleet, clock) == {"http://fixed:1", "http://c:1"}  # what failed stays out
 
 
 def test_leases_run_out_and_half_written_ones_are_passed_over(tmp_path, monkeypatch):
@@ -162,16 +178,46 @@ def test_leases_run_out_and_half_written_ones_are_passed_over(tmp_path, monkeypa
     assert live_leases(tmp_path / "none") == []
 
 
+def test_leases_of_servers_that_are_long_dead_are_removed(tmp_path):
+    others = {"settings.json": '{"url": "http://a:1"}', "half.json": '{"url"', "note.txt": "hello"}
+    for name, text in others.items():
+        (tmp_path / name).write_text(text)
+    for url, ago_s in {"http://a:1": -10.0, "http://b:1": DEAD_S - 60, "http://c:1": DEAD_S + 60}.items():
+        write_lease(tmp_path, url, "d", 4)
+        lease = json.loads(lease_path(tmp_path, url).read_text())
+        lease_path(tmp_path, url).write_text(json.dumps(lease | {"expires_s": time.time() - ago_s}))
+    remove_dead_leases(tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == {*others, "a-1.json", "b-1.json"}
+    assert [lease.url for lease in live_leases(tmp_path)] == ["http://a:1"]
+
+
 def test_a_registry_that_cannot_be_listed_for_a_moment_loses_no_server(tmp_path):
     (folder := tmp_path / "registry").mkdir()
     write_lease(folder, "http://a:1", "mine", 1)
     fleet = Fleet(("http://fixed:1",), folder, "mine", clock=(clock := Clock()))
     assert len(fleet.ranked(b"key")) == 2
-    clock.now_s += REREAD_S
-    fleet.registry = tmp_path / ("x" * 300)  # no file system has such a name
+    fleet._news._folder = tmp_path / ("x" * 300)  # no file system has such a name
     with pytest.raises(OSError, match="File name too long"):
-        live_leases(fleet.registry)
-    assert len(fleet.ranked(b"key")) == 2
+        live_leases(fleet._news._folder)
+    assert len(urls_after_a_while(fleet, clock)) == 2
+
+
+def test_a_registry_that_hangs_costs_a_moment_at_the_beginning_and_fresh_news(tmp_path, monkeypatch):
+    answers = threading.Event()
+    monkeypatch.setattr("megatron_keye.io_server.registry.live_leases", lambda folder: [] if answers.wait(60) else None)
+    monkeypatch.setattr("megatron_keye.io_server.registry.FIRST_READ_S", 0.2)
+    fleet = Fleet(("http://fixed:1",), tmp_path, "mine", clock=(clock := Clock()))
+    began_s = time.monotonic()
+    for _ in range(5):
+        clock.now_s += REREAD_S
+        assert [server.url for server in fleet.ranked(b"key")] == ["http://fixed:1"]
+    assert time.monotonic() - began_s < 2.0
+    assert sum(thread.name == "registry" for thread in threading.enumerate()) == 1
+    answers.set()
+    write_lease(tmp_path, "http://a:1", "mine", 1)
+    monkeypatch.undo()
+    fleet._news._reader.join(10)
+    assert urls_after_a_while(fleet, clock) == {"http://fixed:1", "http://a:1"}
 
 
 @pytest.mark.parametrize("url", ["http://node1:7300", "http://[::1]:1", "http://10.0.0.1:65535"])
