@@ -17,7 +17,9 @@ from megatron_keye.io_server.protocol import Refused
 READ_BYTES = 1 << 16
 MAX_HEADER_BYTES = 1 << 14
 IDLE_S = 120.0
-"""An open connection without a request is closed after this long."""
+"""An open connection without a request is closed after this long, where its client may ask for media."""
+NEW_IDLE_S = 10.0
+"""The same while that is not known: places are few, and clients of ours ask at once."""
 REQUEST_S = 10.0
 """A request that has begun must be here within this long."""
 PIECE_BYTES = 4 << 20
@@ -48,6 +50,7 @@ class Connection:
         writer.transport.set_write_buffer_limits(high=0)  # `drain` waits until all is on its way
         self._http = h11.Connection(h11.SERVER, max_incomplete_event_size=MAX_HEADER_BYTES)
         self._wants_body = True
+        self._idle_s = NEW_IDLE_S
 
     @property
     def can_go_on(self) -> bool:
@@ -57,11 +60,15 @@ class Connection:
         self._http.start_next_cycle()
         return True
 
+    def trust(self) -> None:
+        """The client may ask for media, so that it may also keep the connection for later."""
+        self._idle_s = IDLE_S
+
     async def next_request(self) -> Request | None:
         """None where the client is done. Raises Refused for what is no good request, and Gone."""
         self._wants_body = True
         try:
-            async with asyncio.timeout(IDLE_S):
+            async with asyncio.timeout(self._idle_s):
                 head = await self._next_event()
             if not isinstance(head, h11.Request):
                 return None

@@ -35,6 +35,8 @@ from megatron_keye.io_server.slabs import SlabBudget
 
 MAX_OPEN_FILES = 1 << 16
 MAX_CONNECTIONS = 1024
+MAX_TURNED_AWAY = 64
+"""Further connections that are told so at a time; others are closed at once."""
 LOOPBACK = frozenset({"127.0.0.1", "::1", "localhost"})
 ALL_ADDRESSES = frozenset({"0.0.0.0", "::"})
 WORKER_EVENTS = ("jobs", "started", "crashed", "lost", "timeout", "oom", "cancelled", "from_disk")
@@ -153,18 +155,28 @@ class Front:
         try:
             if len(self._connections) <= self._max_connections:
                 await self._converse(connection)
+            else:
+                await self._turn_away(connection)
         except (Gone, asyncio.CancelledError):
             self._metrics.add("connections_dropped_total")
         finally:
             self._connections.discard(task)
             await connection.close()
 
+    async def _turn_away(self, connection: Connection) -> None:
+        """Say that there is no place, without waiting for a request, to as many as the limit of open files has room for."""
+        self._metrics.add("connections_refused_total")
+        if len(self._connections) <= self._max_connections + MAX_TURNED_AWAY:
+            refusal = Refused("busy", f"this server has {self._max_connections} connections, as many as it takes", retry_after_s=1)
+            await self._respond(connection, _refusal(refusal), keep_open=False)
+            await connection.linger()
+
     async def _converse(self, connection: Connection) -> None:
         while True:
             try:
                 request = await connection.next_request()
             except Refused as error:
-                await self._respond(connection, _refusal(error))
+                await self._respond(connection, _refusal(error), keep_open=False)
                 await connection.linger()
                 return
             if request is None:
@@ -172,20 +184,21 @@ class Front:
             self._busy += 1
             try:
                 # Under no name, or a connection would keep its last result until its next request.
-                await self._respond(connection, await self._answer_while_connected(connection, request))
+                answer = self._answer_while_connected(connection, request)
+                await self._respond(connection, await answer, keep_open=not self._draining.is_set())
             finally:
                 self._busy -= 1
             if not connection.can_go_on:
                 return
 
-    async def _respond(self, connection: Connection, answer: Answer) -> None:
+    async def _respond(self, connection: Connection, answer: Answer, *, keep_open: bool) -> None:
         self._metrics.add("responses_total", status=str(answer.status))
-        await connection.respond(answer.status, answer.headers, answer.body, keep_open=not self._draining.is_set())
+        await connection.respond(answer.status, answer.headers, answer.body, keep_open=keep_open)
         self._metrics.add("sent_bytes_total", len(answer.body))
 
     async def _answer_while_connected(self, connection: Connection, request: Request) -> Answer:
         """Raises Gone where the client leaves before it has an answer; what is done for it alone is cancelled."""
-        answering = asyncio.create_task(self._answer(request))
+        answering = asyncio.create_task(self._answer(connection, request))
         leaving = asyncio.create_task(connection.closed())
         try:
             await asyncio.wait({answering, leaving}, return_when=asyncio.FIRST_COMPLETED)
@@ -197,14 +210,14 @@ class Front:
                 task.cancel()
             await asyncio.gather(answering, leaving, return_exceptions=True)
 
-    async def _answer(self, request: Request) -> Answer:
+    async def _answer(self, connection: Connection, request: Request) -> Answer:
         try:
             if request.method in ("GET", "HEAD") and request.path == HEALTH_PATH:
                 return self._health()
             if request.method in ("GET", "HEAD") and request.path == METRICS_PATH:
                 return self._metrics_text()
             if request.method == "POST" and request.path == DECODE_PATH:
-                return await self._decode(request)
+                return await self._decode(connection, request)
             raise Refused("not_found", f"expected POST {DECODE_PATH}, GET {HEALTH_PATH} or GET {METRICS_PATH}")
         except Exception as fault:
             error = fault
@@ -216,10 +229,11 @@ class Front:
                 self._log("refused", error=error.code, message=str(error))
             return _refusal(error)
 
-    async def _decode(self, request: Request) -> Answer:
+    async def _decode(self, connection: Connection, request: Request) -> Answer:
         began_s = time.perf_counter()
         if self._settings.secret is not None:
             auth.verify(self._settings.secret, request.headers.get("authorization", ""), request.path, request.body, time.time())
+        connection.trust()
         job = parse_job(request.body)
         if job.decoder_id != self._decoder_id:
             raise Refused("wrong_decoder", f"this server decodes with {self._decoder_id}, the client with {job.decoder_id}")

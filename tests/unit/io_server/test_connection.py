@@ -1,6 +1,7 @@
 """One connection to a server, used in ways that no client of ours would."""
 
 import http.client
+import json
 import socket
 import time
 from contextlib import suppress
@@ -8,10 +9,12 @@ from urllib.parse import urlsplit
 
 import pytest
 
+from megatron_keye.io_server import auth
 from megatron_keye.io_server.connection import READ_BYTES, Connection
-from megatron_keye.io_server.protocol import DECODE_PATH
-from tests.unit.io_server.serving import job_for, request, wait_until
+from megatron_keye.io_server.protocol import DECODE_PATH, METRICS_PATH
+from tests.unit.io_server.serving import job_for, post, request, wait_until
 
+SECRET = b"0123456789abcdef0123456789abcdef"
 HEALTH = b"GET /healthz HTTP/1.1\r\nHost: a\r\n\r\n"
 
 
@@ -84,6 +87,40 @@ def test_a_client_that_takes_nothing_does_not_keep_a_server_from_ending(start_se
     began_s = time.monotonic()
     server.close()
     assert time.monotonic() - began_s < 5.0
+
+
+def test_who_finds_no_place_is_told_and_counted(start_server, connect, write):
+    server = start_server()
+    server.front._max_connections = 2
+    held = [connect(server) for _ in range(2)]
+    wait_until(lambda: len(server.front._connections) == 2)
+    status, headers, body = post(server.url, job_for(path := write("picture")))
+    assert (status, json.loads(body)["error"], headers["retry-after"]) == (503, "busy", "1")
+    held.pop().close()
+    wait_until(lambda: len(server.front._connections) == 1)
+    assert post(server.url, job_for(path))[0] == 200
+    assert b"keye_io_connections_refused_total 1\n" in request(server.url, b"", method="GET", path=METRICS_PATH)[2]
+
+
+def test_who_was_never_allowed_to_ask_keeps_no_place_for_long(start_server, connect, write, monkeypatch):
+    monkeypatch.setattr("megatron_keye.io_server.connection.NEW_IDLE_S", 0.3)
+    server = start_server(secret=SECRET)
+    strangers = [connect(server) for _ in range(3)]
+    strangers[1].sendall(HEALTH)
+    assert strangers[1].recv(1 << 16).startswith(b"HTTP/1.1 200")
+    strangers[2].sendall(b"POST /v1/decode HTTP/1.1\r\nHost: a\r\nContent-Length: 0\r\n\r\n")
+    assert strangers[2].recv(1 << 16).startswith(b"HTTP/1.1 403")
+    address = urlsplit(server.url)
+    client = http.client.HTTPConnection(address.hostname, address.port, timeout=10)
+    body = job_for(write("picture")).model_dump_json().encode()
+    for pause_s in (0.0, 0.6):
+        time.sleep(pause_s)
+        client.request("POST", DECODE_PATH, body, {"Authorization": auth.sign(SECRET, DECODE_PATH, body, time.time())})
+        own_socket = client.sock
+        assert client.getresponse().read() and client.sock is own_socket
+    assert all(sock.recv(1 << 16) == b"" for sock in strangers)
+    assert len(server.front._connections) == 1
+    client.close()
 
 
 def test_an_open_connection_holds_no_result(start_server, write):
