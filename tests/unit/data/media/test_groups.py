@@ -174,3 +174,11 @@ def test_frames_to_which_none_refers_are_left_out():
     assert needed_runs(one_layer, {3}) == [[0, 2, 3]]
     two_layers = packets_of([(0, 4, True, [(False, 0), (True, 0), (False, 1), (False, 1)])])
     assert needed_runs(two_layers, {4}) == [[0, 1, 2, 4]]
+    assert needed_runs(two_layers, {2}) == [[0, 2]]
+
+
+def test_layers_above_those_of_wanted_frames_are_left_out():
+    packets = packets_of([(0, 6, True, [(True, 1), (True, 2), (True, 0), (True, 1), (True, 2), (True, 0)])])
+    assert needed_runs(packets, {6}) == [[0, 3, 6]]
+    assert needed_runs(packets, {1, 6}) == [[0, 1, 3, 6]]
+    assert needed_runs(packets, {5}) == [[0, 1, 2, 3, 4, 5]]
