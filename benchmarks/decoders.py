@@ -23,12 +23,11 @@ from pathlib import Path
 
 import av
 import numpy as np
-import torch
-import torch.nn.functional as F
 
 from benchmarks.io_server import FRAME_RATE, GROUP_FRAMES, WEB_BITS_PER_PIXEL, encoder_options, make_clip, use_one_thread
 from megatron_keye.config.schema import VideoConfig
 from megatron_keye.data.limits import WORKER_ENVIRONMENT
+from megatron_keye.data.media import torch_resize
 from megatron_keye.data.media.resample import resize_bilinear
 from megatron_keye.data.media.resize import Size
 from megatron_keye.data.media.rules import video_rules
@@ -65,6 +64,15 @@ def ours(path: Path, numbers: list[int]) -> list[np.ndarray]:
     return list(iter_frames(path.read_bytes(), numbers))
 
 
+def by_pyav(path: Path, numbers: list[int]) -> list[np.ndarray]:
+    """Every frame decoded, as the library does by itself: what leaving out frames can gain at most is in the ratio to this."""
+    wanted = frozenset(numbers)
+    with av.open(str(path)) as container:
+        container.streams.video[0].codec_context.thread_count = 1
+        frames = zip(range(numbers[-1] + 1), container.decode(video=0), strict=False)
+        return [frame.to_ndarray(format="rgb24") for number, frame in frames if number in wanted]
+
+
 def by_decord(path: Path, numbers: list[int]) -> np.ndarray:
     import decord
 
@@ -78,17 +86,16 @@ def by_torchcodec(path: Path, numbers: list[int]) -> np.ndarray:
     return decoder.get_frames_at(numbers).data.numpy()
 
 
-def resized_by_torch(frame: np.ndarray, size: Size) -> np.ndarray:
-    """uint8 [*size, 3] of one uint8 [H, W, 3], as keye-vl-utils does it."""
-    resized = F.interpolate(torch.from_numpy(frame)[None].permute(0, 3, 1, 2), size, mode="bilinear", antialias=True)
-    return np.ascontiguousarray(resized.permute(0, 2, 3, 1).numpy())[0]
-
-
 DECODERS: dict[str, tuple[Decode, Callable[[np.ndarray, Size], np.ndarray]]] = {
     "ours": (ours, resize_bilinear),
-    "decord": (by_decord, resized_by_torch),
-    "torchcodec": (by_torchcodec, resized_by_torch),
+    "pyav": (by_pyav, torch_resize.resize_bilinear),
+    "decord": (by_decord, torch_resize.resize_bilinear),
+    "torchcodec": (by_torchcodec, torch_resize.resize_bilinear),
 }
+
+
+MODULES = {"ours": "av", "pyav": "av"}
+"""Where it is not the decoder's name."""
 
 
 def measure(name: str, path: Path, numbers: list[int], size: Size) -> tuple[float, float]:
@@ -115,7 +122,7 @@ def can_decode(name: str, path: Path) -> bool:
 def measure_rounds(path: Path, numbers: list[int], size: Size, rounds: int) -> dict[str, list[tuple[float, float]]]:
     """`measure` of every decoder that is installed, in turn; the first round, which loads libraries, does not count."""
     use_one_thread()
-    names = [name for name in DECODERS if name == "ours" or (importlib.util.find_spec(name) and can_decode(name, path))]
+    names = [name for name in DECODERS if importlib.util.find_spec(MODULES.get(name, name)) and can_decode(name, path)]
     taken = [{name: measure(name, path, numbers, size) for name in names} for _ in range(rounds + 1)][1:]
     return {name: [times[name] for times in taken] for name in names}
 
