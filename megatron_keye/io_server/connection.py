@@ -5,6 +5,7 @@ sendfile: packets made of single pages cost both ends twice the time of those th
 """
 
 import asyncio
+import select
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -26,6 +27,8 @@ PIECE_BYTES = 4 << 20
 PIECE_S = 10.0
 """A client that does not take a piece of its answer within this long is cut off."""
 LINGER_S = 1.0
+HANG_UP_S = 0.5
+"""A client that sent requests ahead is looked after this often, while one of them is answered."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,15 +107,17 @@ class Connection:
         self._http.send(h11.EndOfMessage())
 
     async def closed(self) -> None:
-        """Returns when the client closes the connection, unless it sends what nobody asked for yet. For use between request and answer.
+        """Returns when the client closes the connection. For use between request and answer.
 
-        Requests that wait behind this one are not read on and on: their memory would be the client's to choose.
+        Requests that wait behind this one are not read on and on: their memory would be the client's to choose. So the kernel is asked
+        whether the client is gone, which it knows also where there is more to read.
         """
         if not self._http.trailing_data[0]:
             if not (data := await self._reader.read(READ_BYTES)):
                 return
             self._http.receive_data(data)
-        await asyncio.Event().wait()
+        while not self._has_hung_up():
+            await asyncio.sleep(HANG_UP_S)
 
     async def linger(self) -> None:
         """Discard what the client still sends for a moment: closing on unread bytes would take back the answer."""
@@ -128,6 +133,13 @@ class Connection:
             async with asyncio.timeout(LINGER_S):
                 await self._writer.wait_closed()
         self._writer.transport.abort()
+
+    def _has_hung_up(self) -> bool:
+        if self._writer.is_closing():
+            return True
+        poll = select.poll()
+        poll.register(self._writer.get_extra_info("socket"), select.POLLRDHUP)
+        return bool(poll.poll(0))
 
     async def _next_event(self) -> h11.Event:
         while (event := self._http.next_event()) is h11.NEED_DATA:

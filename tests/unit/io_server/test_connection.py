@@ -12,7 +12,7 @@ import pytest
 from megatron_keye.io_server import auth
 from megatron_keye.io_server.connection import READ_BYTES, Connection
 from megatron_keye.io_server.protocol import DECODE_PATH, METRICS_PATH
-from tests.unit.io_server.serving import job_for, post, request, wait_until
+from tests.unit.io_server.serving import clip_job, job_for, post, request, wait_until
 
 SECRET = b"0123456789abcdef0123456789abcdef"
 HEALTH = b"GET /healthz HTTP/1.1\r\nHost: a\r\n\r\n"
@@ -64,6 +64,21 @@ def test_requests_sent_ahead_are_answered_in_turn(start_server, connect):
     while part := sock.recv(1 << 16):
         received += part
     assert received.count(b"HTTP/1.1 200") == 50
+
+
+@pytest.mark.parametrize("num_ahead", [1, 20_000])
+def test_a_client_that_sends_ahead_and_vanishes_frees_the_worker(start_server, connect, write, num_ahead):
+    server = start_server(decode_s=30.0)
+    body = clip_job(write("sleep 0.1"), 200).model_dump_json().encode()
+    sock = connect(server)
+    sock.sendall(b"POST /v1/decode HTTP/1.1\r\nHost: a\r\nContent-Length: %d\r\n\r\n" % len(body) + body)
+    wait_until(lambda: server.pool.running)
+    sock.sendall(HEALTH * num_ahead)
+    time.sleep(0.1)
+    assert server.pool.running
+    sock.close()
+    wait_until(lambda: not server.pool.running, timeout_s=3.0)
+    assert server.pool.counts["cancelled"] == 1
 
 
 def test_requests_sent_ahead_take_no_more_memory_than_one_piece(start_server, connect, monkeypatch):
