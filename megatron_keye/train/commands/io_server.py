@@ -24,7 +24,8 @@ from megatron_keye.io_server.worker import WorkerLimits
 
 HELP = """Serve decoded pixels to training runs, bit for bit those that they would decode themselves.
 
-A run uses servers by data.media.servers or data.media.registry. SIGTERM finishes what is at hand and ends the server."""
+A run uses servers by data.media.servers or data.media.registry. SIGTERM finishes what is at hand and ends the server; a second one
+ends it at once."""
 EXAMPLES = """\
   keye io-server --listen 127.0.0.1:7300 --workers 8 --root /data/shards       # for runs on this machine
   keye io-server --listen 0.0.0.0:7300 --workers 64 --root /data/shards \\
@@ -33,6 +34,11 @@ EXAMPLES = """\
   keye io-server status --registry run/io_servers"""
 
 STATUS_TIMEOUT_S = 5.0
+DRAIN_S = 20.0
+"""SLURM kills processes 30 s (KillWait) after their SIGTERM; closing connections and workers takes seconds too."""
+SAME_SIGNAL_S = 1.0
+"""A signal this soon after the first is the same one: SLURM sends it to all of a job's processes, and a batch script passes it on."""
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
 MIB, GIB = 1 << 20, 1 << 30
 
 
@@ -51,7 +57,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--disk-cache-gib", type=float, default=64, metavar="G", help="most bytes of --disk-cache (default: 64)")
     parser.add_argument("--worker-memory-mib", type=int, default=4096, metavar="M", help="memory one decode may take (default: 4096)")
     parser.add_argument("--decode-timeout-s", type=float, default=120.0, metavar="S", help="time one decode may take (default: 120)")
-    parser.add_argument("--drain-s", type=float, default=60.0, metavar="S", help="time to finish after SIGTERM (default: 60)")
+    drain_help = f"time to finish after SIGTERM (default: {DRAIN_S:g}, which fits into SLURM's KillWait of 30)"
+    parser.add_argument("--drain-s", type=float, default=DRAIN_S, metavar="S", help=drain_help)
     actions = parser.add_subparsers(dest="action", metavar="status")
     status = actions.add_parser("status", help="ask servers how they are")
     status.add_argument("urls", nargs="*", metavar="URL", help="http://HOST:PORT")
@@ -66,11 +73,21 @@ def run(args: argparse.Namespace) -> int:
 
 
 async def serve(settings: ServerSettings) -> None:
-    """Run a server until SIGTERM or SIGINT."""
+    """Run a server until SIGTERM or SIGINT. The next one then ends this process at once, and workers end with it."""
     front = Front(settings)
     loop = asyncio.get_running_loop()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(number, front.stop)
+
+    def stop() -> None:
+        front.stop()
+        loop.call_later(SAME_SIGNAL_S, let_go)
+
+    def let_go() -> None:
+        for number in STOP_SIGNALS:
+            loop.remove_signal_handler(number)
+            signal.signal(number, signal.SIG_DFL)
+
+    for number in STOP_SIGNALS:
+        loop.add_signal_handler(number, stop)
     await front.run()
 
 

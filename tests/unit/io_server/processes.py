@@ -47,8 +47,11 @@ class ServerProcess:
 
     def terminate(self) -> int:
         """Ask it to end; its exit code."""
-        self._process.terminate()
+        self.ask_to_end()
         return self._process.wait(30)
+
+    def ask_to_end(self) -> None:
+        self._process.terminate()
 
     def kill(self) -> None:
         self._process.kill()

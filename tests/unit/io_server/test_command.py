@@ -1,5 +1,11 @@
 """`keye io-server` as people start it: arguments, status, signals."""
 
+import http.client
+import json
+import os
+import signal
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -7,7 +13,7 @@ import pytest
 from megatron_keye.io_server.registry import live_leases
 from megatron_keye.train import cli
 from tests.unit.io_server.processes import ServerProcess
-from tests.unit.io_server.serving import wait_until
+from tests.unit.io_server.serving import job_for, post, request, wait_until
 
 
 @pytest.mark.parametrize(
@@ -66,6 +72,28 @@ def test_a_server_announces_itself_tells_its_status_and_ends_when_asked(tmp_path
     assert cli.main(["io-server", "status", url]) == 1
     assert "no answer" in capsys.readouterr().out
     assert not any(is_running(pid) for pid in workers)
+
+
+def test_a_server_that_is_asked_twice_ends_at_once(tmp_path):
+    server = ServerProcess("--root", str(tmp_path))
+    decoder_id = server.wait_for("listening")["decoder_id"]
+    (worker,) = children_of(server.pid)
+    os.kill(worker, signal.SIGSTOP)  # so that there is something to wait for
+    (path := tmp_path / "picture").write_bytes(b"of something")
+    with ThreadPoolExecutor(1) as threads:
+        asking = threads.submit(post, server.url, job_for(path, decoder_id=decoder_id))
+        wait_until(lambda: json.loads(request(server.url, b"", method="GET", path="/healthz")[2])["running"])
+        server.ask_to_end()
+        server.wait_for("draining")
+        server.ask_to_end()  # the same signal, passed on by a batch script
+        time.sleep(1.5)
+        assert is_running(server.pid)
+        began_s = time.monotonic()
+        assert server.terminate() == -signal.SIGTERM
+        assert time.monotonic() - began_s < 2.0
+        assert isinstance(asking.exception(10), OSError | http.client.HTTPException)
+    os.kill(worker, signal.SIGCONT)
+    wait_until(lambda: not is_running(worker), timeout_s=10.0)
 
 
 def test_workers_end_with_a_front_that_is_killed(tmp_path):
