@@ -15,7 +15,7 @@ from megatron_keye.data.media.resize import Size
 def resize_bilinear(image: np.ndarray, size: Size) -> np.ndarray:
     """uint8 [H, W, 3] to uint8 [h, w, 3] by torch's antialiased bilinear kernel for uint8."""
     torch = _torch()
-    pixels = torch.from_numpy(image[None]).permute(0, 3, 1, 2)
+    pixels = torch.from_numpy(image)[None].permute(0, 3, 1, 2)  # numpy's image[None] has a stride that takes torch's slow path
     resized = torch.nn.functional.interpolate(pixels, size, mode="bilinear", antialias=True)
     return np.ascontiguousarray(resized.permute(0, 2, 3, 1).numpy())[0]
 
