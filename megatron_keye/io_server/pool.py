@@ -23,6 +23,8 @@ JOBS_PER_WORKER = 5000
 """A worker is replaced after so many, in case a library loses memory."""
 START_TIMEOUT_S = 120.0
 RESTART_PAUSE_S = 1.0
+EXIT_S = 2.0
+"""A worker that closed its socket before it was ready ends by itself within this long, with the code that says why."""
 CRASHES = frozenset({signal.SIGSEGV, signal.SIGBUS, signal.SIGILL, signal.SIGFPE, signal.SIGABRT, signal.SIGTRAP, signal.SIGSYS})
 """Signals by which a process dies of what it does; others are sent from outside."""
 
@@ -43,12 +45,18 @@ async def identify(command: Sequence[str]) -> str:
     except TimeoutError as error:
         raise KeyeError(f"the decoder did not say its id within {START_TIMEOUT_S:g} s: {' '.join(command)} identify") from error
     finally:
-        if process.returncode is None:
-            process.kill()
-            await process.wait()
+        _kill(process)
+        await process.wait()
     if process.returncode:
         raise KeyeError(f"the decoder cannot be used (code {process.returncode}); what it wrote to stderr says why")
     return text.decode().strip()
+
+
+def _kill(process: asyncio.subprocess.Process) -> None:
+    """Not by `process.kill`, which polls first: a process that has just ended would then have no code for asyncio, which complains."""
+    if process.returncode is None:
+        with suppress(ProcessLookupError):
+            os.kill(process.pid, signal.SIGKILL)
 
 
 class WorkerDied(Exception):
@@ -99,7 +107,7 @@ class Worker:
             async with asyncio.timeout(START_TIMEOUT_S):
                 await messages.receive_async(ours)
         except BaseException as error:
-            await worker.end()
+            await worker.end(EXIT_S if isinstance(error, messages.Closed) else 0.0)
             if isinstance(error, messages.Closed | TimeoutError):
                 raise KeyeError(f"a worker did not start (code {process.returncode}); what it wrote to stderr says why") from error
             raise
@@ -121,9 +129,12 @@ class Worker:
             with suppress(messages.Closed):
                 await messages.send_async(self.sock, {"cancel": True})
 
-    async def end(self) -> None:
-        if self.process.returncode is None:
-            self.process.kill()
+    async def end(self, within_s: float = 0.0) -> None:
+        """Kill it, unless it ends by itself within so long."""
+        with suppress(TimeoutError):
+            async with asyncio.timeout(within_s):
+                await self.process.wait()
+        _kill(self.process)
         await self.process.wait()
         self.sock.close()
 
