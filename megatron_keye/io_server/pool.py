@@ -129,12 +129,15 @@ class Worker:
             with suppress(messages.Closed):
                 await messages.send_async(self.sock, {"cancel": True})
 
+    def kill(self) -> None:
+        _kill(self.process)
+
     async def end(self, within_s: float = 0.0) -> None:
         """Kill it, unless it ends by itself within so long."""
         with suppress(TimeoutError):
             async with asyncio.timeout(within_s):
                 await self.process.wait()
-        _kill(self.process)
+        self.kill()
         await self.process.wait()
         self.sock.close()
 
@@ -148,6 +151,7 @@ class WorkerPool:
         self._idle: asyncio.Queue[Worker] = asyncio.Queue()
         self._workers: set[Worker] = set()
         self._tasks: set[asyncio.Task] = set()
+        self._is_closing = False
         self.waiting = 0
         self.running = 0
         self.counts: Counter[str] = Counter()
@@ -193,6 +197,8 @@ class WorkerPool:
         raise AssertionError("unreachable")
 
     async def close(self) -> None:
+        """Ends all workers, also those with a job; none is replaced any more."""
+        self._is_closing = True
         tasks = [*self._tasks]
         for task in tasks:
             task.cancel()
@@ -243,6 +249,9 @@ class WorkerPool:
             await worker.cancel()
 
     def _lose(self, worker: Worker) -> None:
+        if self._is_closing:  # `close` ends it with the others
+            return
+        worker.kill()
         self._workers.discard(worker)
         self._background(self._replace(worker))
 
