@@ -37,10 +37,9 @@ def _item(job: DecodeJob) -> Item:
 def main(name: str, action: str, *arguments: str) -> int:
     """`identify`, or `serve` with the id that it printed and the arguments of `worker.main`. Raises SettingsError for a decoder that is
     missing, and one that is not that of the id any more."""
-    decoder = open_decoder(name)
     if action == "identify":
-        print(decoder_id(decoder))
-        return 0
+        return _identify(name)
+    decoder = open_decoder(name)
     found_id, *rest = arguments
     check_versions(decoder, found_id)
     cv2.setNumThreads(1)
@@ -48,8 +47,19 @@ def main(name: str, action: str, *arguments: str) -> int:
     return worker.main(rest, partial(decode, decoder))
 
 
+def _identify(name: str) -> int:
+    """Print the decoder's id, or why there is none, for the server to say; the exit code tells which."""
+    try:
+        print(decoder_id(open_decoder(name)))
+    except KeyeError as error:
+        print(error)
+        return error.exit_code
+    return 0
+
+
 if __name__ == "__main__":
     try:
         sys.exit(main(*sys.argv[1:]))
     except KeyeError as error:
-        sys.exit(f"error: {error}")
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(error.exit_code)

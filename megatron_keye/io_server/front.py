@@ -1,6 +1,7 @@
 """The server's front: takes requests, hands them to workers, sends what they made. It neither decodes nor imports torch."""
 
 import asyncio
+import errno
 import json
 import resource
 import socket
@@ -39,6 +40,8 @@ MAX_TURNED_AWAY = 64
 """Further connections that are told so at a time; others are closed at once."""
 LOOPBACK = frozenset({"127.0.0.1", "::1", "localhost"})
 ALL_ADDRESSES = frozenset({"0.0.0.0", "::"})
+MAY_PASS = frozenset({errno.EADDRINUSE, socket.EAI_AGAIN})
+"""Why an address cannot be taken at the moment: another attempt may succeed. For any other reason it would not."""
 WORKER_EVENTS = ("jobs", "started", "crashed", "lost", "timeout", "oom", "cancelled", "from_disk")
 """Of `WorkerPool.counts`: all are shown from the beginning, as alerts need."""
 
@@ -91,7 +94,10 @@ class Front:
         self.ready = asyncio.Event()
 
     async def run(self) -> None:
-        """Serve until `stop` is called, then finish what is at hand. Raises KeyeError where the server cannot start."""
+        """Serve until `stop` is called, then finish what is at hand.
+
+        Raises KeyeError where the server cannot start: SettingsError where another attempt would end the same.
+        """
         settings = self._settings
         try:
             self._decoder_id = await self._pool.start()
@@ -116,7 +122,10 @@ class Front:
         try:
             server = await asyncio.start_server(self._accept, settings.host, settings.port, limit=MAX_REQUEST_BYTES)
         except OSError as error:
-            raise KeyeError(f"cannot listen on {settings.host}:{settings.port}: {error.strerror or error}") from error
+            text = f"cannot listen on {settings.host}:{settings.port}: {error.strerror or error}"
+            if error.errno in MAY_PASS:
+                raise KeyeError(f"{text}; end what listens there, or name another port") from error
+            raise SettingsError(f"{text}; name an address of this machine and a port that this user may take") from error
         port = server.sockets[0].getsockname()[1]
         name = settings.advertise or (socket.gethostname() if settings.host in ALL_ADDRESSES else settings.host)
         self.url = f"http://[{name}]:{port}" if ":" in name else f"http://{name}:{port}"

@@ -14,7 +14,7 @@ from megatron_keye.config.schema import DecoderName
 from megatron_keye.data import messages
 from megatron_keye.data.limits import WORKER_ENVIRONMENT
 from megatron_keye.data.slabs import Slab
-from megatron_keye.errors import KeyeError
+from megatron_keye.errors import KeyeError, SettingsError
 from megatron_keye.io_server.blobs import DiskCache
 from megatron_keye.io_server.protocol import Refused
 from megatron_keye.io_server.worker import WorkerLimits
@@ -25,6 +25,7 @@ START_TIMEOUT_S = 120.0
 RESTART_PAUSE_S = 1.0
 EXIT_S = 2.0
 """A worker that closed its socket before it was ready ends by itself within this long, with the code that says why."""
+SEE_STDERR = "what it wrote to stderr says why"
 CRASHES = frozenset({signal.SIGSEGV, signal.SIGBUS, signal.SIGILL, signal.SIGFPE, signal.SIGABRT, signal.SIGTRAP, signal.SIGSYS})
 """Signals by which a process dies of what it does; others are sent from outside."""
 
@@ -35,7 +36,7 @@ def worker_command(decoder: DecoderName) -> tuple[str, ...]:
 
 
 async def identify(command: Sequence[str]) -> str:
-    """The id of the program's decoder. Raises KeyeError where it gives none."""
+    """The id of the program's decoder. Raises KeyeError where it gives none: SettingsError where another attempt would end the same."""
     process = await asyncio.create_subprocess_exec(
         *command, "identify", env=os.environ | WORKER_ENVIRONMENT, stdin=asyncio.subprocess.DEVNULL, stdout=asyncio.subprocess.PIPE
     )
@@ -47,9 +48,14 @@ async def identify(command: Sequence[str]) -> str:
     finally:
         _kill(process)
         await process.wait()
+    said = text.decode().strip()
     if process.returncode:
-        raise KeyeError(f"the decoder cannot be used (code {process.returncode}); what it wrote to stderr says why")
-    return text.decode().strip()
+        raise _start_error(process.returncode, f"the decoder cannot be used (code {process.returncode}): {said or SEE_STDERR}")
+    return said
+
+
+def _start_error(returncode: int, text: str) -> KeyeError:
+    return SettingsError(text) if returncode == SettingsError.exit_code else KeyeError(text)
 
 
 def _kill(process: asyncio.subprocess.Process) -> None:
@@ -76,8 +82,8 @@ class PoolSettings:
     """Folders and URLs."""
     limits: WorkerLimits
     command: tuple[str, ...]
-    """Program with its first arguments. With `identify` it prints its decoder's id, with `serve`, that id and the arguments of
-    `worker.main` it is a worker."""
+    """Program with its first arguments. With `identify` it prints its decoder's id, or what is wrong and ends with an exit code. With
+    `serve`, that id and the arguments of `worker.main` it is a worker."""
     disk: DiskCache | None = None
 
 
@@ -91,7 +97,7 @@ class Worker:
 
     @classmethod
     async def start(cls, settings: PoolSettings, decoder_id: str) -> "Worker":
-        """Raises KeyeError where the program does not come up."""
+        """Raises KeyeError where the program does not come up: SettingsError where another attempt would end the same."""
         ours, theirs = socket.socketpair()
         ours.setblocking(False)
         limits = settings.limits
@@ -109,7 +115,7 @@ class Worker:
         except BaseException as error:
             await worker.end(EXIT_S if isinstance(error, messages.Closed) else 0.0)
             if isinstance(error, messages.Closed | TimeoutError):
-                raise KeyeError(f"a worker did not start (code {process.returncode}); what it wrote to stderr says why") from error
+                raise _start_error(process.returncode, f"a worker did not start (code {process.returncode}): {SEE_STDERR}") from error
             raise
         return worker
 
@@ -165,7 +171,7 @@ class WorkerPool:
         return [worker.process.pid for worker in self._workers]
 
     async def start(self) -> str:
-        """Start all workers; returns their decoder's id. Raises KeyeError where one does not come up."""
+        """Start all workers; returns their decoder's id. Raises KeyeError and SettingsError where one does not come up."""
         self._decoder_id = await identify(self._settings.command)
         workers = await asyncio.gather(*(self._start_worker() for _ in range(self._settings.num_workers)))
         for worker in workers:

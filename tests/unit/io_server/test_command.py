@@ -4,6 +4,7 @@ import http.client
 import json
 import os
 import signal
+import socket
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -13,7 +14,7 @@ import pytest
 from megatron_keye.io_server.registry import live_leases
 from megatron_keye.train import cli
 from tests.unit.io_server.processes import ServerProcess
-from tests.unit.io_server.serving import job_for, post, request, wait_until
+from tests.unit.io_server.serving import FAKE_WORKER, job_for, post, request, wait_until
 
 
 @pytest.mark.parametrize(
@@ -42,6 +43,28 @@ from tests.unit.io_server.serving import job_for, post, request, wait_until
 def test_arguments_that_make_no_server_are_settings_errors(arguments, problem, capsys):
     assert cli.main(["io-server", *arguments]) == 65
     assert problem in capsys.readouterr().err
+
+
+def test_a_port_that_is_taken_may_be_free_at_another_attempt_an_address_of_others_never(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("megatron_keye.train.commands.io_server.worker_command", lambda decoder: FAKE_WORKER)
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        for address, code, problem in (
+            (f"127.0.0.1:{taken.getsockname()[1]}", 1, "already in use; end what listens there"),
+            ("192.0.2.1:0", 65, "name an address of this machine"),
+        ):
+            (tmp_path / "secret").write_text("a secret of this test only")
+            (tmp_path / "secret").chmod(0o600)
+            given = ["--listen", address, "--root", str(tmp_path), "--secret-file", str(tmp_path / "secret")]
+            assert cli.main(["io-server", *given]) == code
+            assert problem in capsys.readouterr().err
+
+
+def test_a_decoder_that_is_missing_is_a_settings_error(tmp_path, capfd, monkeypatch):
+    (tmp_path / "nvidia").mkdir()
+    (tmp_path / "nvidia" / "__init__.py").touch()  # which hides the real one
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    assert cli.main(["io-server", "--listen", "127.0.0.1:0", "--root", str(tmp_path), "--decoder", "dali"]) == 65
+    assert "pip install 'megatron_keye[dali]'" in capfd.readouterr().err
 
 
 def children_of(pid: int) -> list[int]:

@@ -82,7 +82,7 @@ def test_a_worker_ends_where_the_server_started_with_other_packages():
     found = decoder_id(PYAV).replace("pillow-", "pillow-0")
     command = [*worker_command("pyav"), "serve", found, "0", "1", "1", "", "0"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert done.returncode == 1
+    assert done.returncode == 65
     assert "packages changed" in done.stderr
     assert found in done.stderr
     assert "restart it" in done.stderr

@@ -6,8 +6,8 @@ from contextlib import suppress
 import pytest
 
 from megatron_keye.data.slabs import Slab
-from megatron_keye.errors import KeyeError
-from megatron_keye.io_server.pool import PoolSettings, Worker, WorkerPool
+from megatron_keye.errors import KeyeError, SettingsError
+from megatron_keye.io_server.pool import PoolSettings, Worker, WorkerPool, identify
 from megatron_keye.io_server.worker import WorkerLimits
 from tests.unit.io_server.serving import FAKE_WORKER, MIB, job_for
 
@@ -17,10 +17,17 @@ def settings_of(tmp_path, command=FAKE_WORKER, **changes) -> PoolSettings:
     return PoolSettings(**given | changes)
 
 
+@pytest.mark.parametrize(("code", "kind"), [(65, SettingsError), (1, KeyeError)])
+def test_a_decoder_that_cannot_be_used_says_why_and_whether_to_try_again(code, kind):
+    with pytest.raises(KeyeError, match=f"cannot be used .code {code}.: no such library") as failure:
+        asyncio.run(identify(("sh", "-c", f"echo no such library; exit {code}")))
+    assert type(failure.value) is kind
+
+
 def test_a_worker_that_does_not_start_leaves_its_own_code(tmp_path, caplog):
     async def scenario():
         for code in range(1, 30):
-            with pytest.raises(KeyeError, match=f"did not start .code {code}.;"):
+            with pytest.raises(KeyeError, match=f"did not start .code {code}.:"):
                 await Worker.start(settings_of(tmp_path, ("sh", "-c", f"exit {code}")), "id")
 
     asyncio.run(scenario())
