@@ -26,6 +26,7 @@ import cv2
 import numpy as np
 import torch
 
+from benchmarks.shard_sets import photograph
 from megatron_keye.config.schema import ImageConfig, VideoConfig
 from megatron_keye.data.describe import describe
 from megatron_keye.data.items import media_rules, resolve
@@ -110,12 +111,25 @@ def make_clip(
     path.write_bytes(stream.getvalue())
 
 
+def make_media(folder: Path, args: argparse.Namespace) -> list[Path]:
+    if args.kind == "video":
+        paths = [folder / f"{number}.mp4" for number in range(args.media)]
+        for number, path in enumerate(paths):
+            make_clip(path, args.codec, args.seconds, args.height, number, args.bits_per_pixel)
+        return paths
+    paths, rng = [folder / f"{number}.jpg" for number in range(args.media)], np.random.default_rng(0)
+    for path in paths:
+        path.write_bytes(photograph(rng))
+    return paths
+
+
 @functools.cache
 def stored(path: Path) -> StoredMedium:
     rules = media_rules(ImageConfig(), VideoConfig(), VARIANT)
     blob = path.read_bytes()
-    item = describe("video", blob, {}, rules)
-    place, media = Member(LocalStore(path.parent), path.name, Span(0, len(blob))), Media("video", "file", path.name)
+    kind = "image" if path.suffix == ".jpg" else "video"
+    item = describe(kind, blob, {}, rules)
+    place, media = Member(LocalStore(path.parent), path.name, Span(0, len(blob))), Media(kind, "file", path.name)
     return StoredMedium(place, media, item, resolve(item, rules), VARIANT, path.name)
 
 
@@ -231,7 +245,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--pairs", type=int, default=10, help="repetitions of local and remote in turn")
     parser.add_argument("--workers", type=int, default=1)
-    parser.add_argument("--clips", type=int, default=2)
+    parser.add_argument("--kind", choices=("video", "image"), default="video")
+    parser.add_argument("--media", type=int, default=2, help="clips or photographs")
     parser.add_argument("--seconds", type=int, default=16, help="length of a clip")
     parser.add_argument("--height", type=int, default=480)
     parser.add_argument("--bits-per-pixel", type=float, default=WEB_BITS_PER_PIXEL, help="bit rate, by default that of web video")
@@ -240,14 +255,11 @@ def main() -> None:
     use_one_thread()
     os.environ.update(WORKER_ENVIRONMENT)  # of the processes that decode here
     with tempfile.TemporaryDirectory() as folder:
-        paths = [Path(folder) / f"{number}.mp4" for number in range(args.clips)]
-        for number, path in enumerate(paths):
-            make_clip(path, args.codec, args.seconds, args.height, number, args.bits_per_pixel)
+        paths = make_media(Path(folder), args)
         jobs = [job_of(stored(path), OWN_DECODER) for path in paths]
-        print(
-            f"{len(jobs)} {args.codec} clips of {len(jobs[0].frames)} frames, {sum(job.num_bytes for job in jobs):,} bytes encoded, "
-            f"{sum(job.result_bytes for job in jobs):,} bytes of patches"
-        )
+        what = "photographs" if args.kind == "image" else f"{args.codec} clips of {len(jobs[0].frames)} frames"
+        encoded, patches = sum(job.num_bytes for job in jobs), sum(job.result_bytes for job in jobs)
+        print(f"{len(jobs)} {what}, {encoded:,} bytes encoded, {patches:,} bytes of patches")
         server, url = start_server(folder, args.workers)
         context = multiprocessing.get_context("spawn")
         try:

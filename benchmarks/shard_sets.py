@@ -70,7 +70,7 @@ def _record(folder: Path, kind: Kind, number: int, rng: np.random.Generator) -> 
         question = [{"type": "text", "text": _words(rng, length)}]
     elif kind == "image":
         path = f"media/{number}.jpg"
-        (folder / path).write_bytes(_photograph(rng))
+        (folder / path).write_bytes(photograph(rng))
         question.insert(0, {"type": "image", "image": path})
     else:
         question.insert(0, {"type": "video", "video": f"media/{number % NUM_CLIPS}.mp4"})
@@ -82,7 +82,7 @@ def _words(rng: np.random.Generator, count: int) -> str:
     return " ".join(rng.choice(COMMON_WORDS.split(), count))
 
 
-def _photograph(rng: np.random.Generator) -> bytes:
+def photograph(rng: np.random.Generator) -> bytes:
     """Smooth noise with grain, of 640 by 480 or 480 by 640 pixels up to twice that, as a JPEG."""
     width, height = (np.array(rng.permutation([480, 640])) * rng.uniform(1, 2)).astype(int).tolist()
     coarse = rng.integers(0, 256, (height // 16, width // 16, 3), dtype=np.uint8)

@@ -16,6 +16,7 @@ PositiveFloat = Annotated[float, Field(gt=0.0)]
 NonNegativeFloat = Annotated[float, Field(ge=0.0)]
 TransportName = Literal["auto", "collective", "shared_memory"]
 DecoderName = Literal["pyav", "dali"]
+ServedMedia = Literal["all", "videos"]
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 
 
@@ -167,6 +168,9 @@ class MediaConfig(Section):
     """URLs of `keye io-server` processes, such as http://node1:7300; none decodes here."""
     registry: str | None = None
     """Shared folder in which servers announce themselves (`keye io-server --registry`)."""
+    served: ServedMedia = "all"
+    """What servers are asked for. videos: samples without one are decoded here; a photograph takes little longer to decode than its pixels
+    take to fetch."""
     secret_file: str | None = None
     """File with the secret that servers ask for (`keye io-server --secret-file`)."""
     requests: Positive = 8

@@ -2,12 +2,13 @@
 
 import os
 import threading
+from collections.abc import Sequence
 from concurrent.futures import Future
 from pathlib import Path
 
 import numpy as np
 
-from megatron_keye.config.schema import MediaConfig
+from megatron_keye.config.schema import MediaConfig, ServedMedia
 from megatron_keye.contract.media import PATCH_VALUES, SampleShape
 from megatron_keye.data.dataset import Dataset
 from megatron_keye.data.locations import is_url
@@ -25,13 +26,19 @@ from megatron_keye.io_server.protocol import DecodeJob, is_server_url
 class RemoteMedia:
     """The connection of one replica's leader to its servers, for all of its data sets."""
 
-    def __init__(self, client: MediaClient, own_decoder_id: str):
-        self.client, self.decoder_id = client, own_decoder_id
+    def __init__(self, client: MediaClient, own_decoder_id: str, served: ServedMedia):
+        self.client, self.decoder_id, self._served = client, own_decoder_id, served
 
     @property
     def threads(self) -> int:
         """Samples that are worth loading at a time."""
         return self.client.settings.requests
+
+    def can_serve(self, media: Sequence[StoredMedium]) -> bool:
+        """Whether servers are asked for the media of a sample. They read data sets alone, no web addresses."""
+        if any(isinstance(medium.place, WebAddress) for medium in media):
+            return False
+        return self._served == "all" or any(medium.item.frames is not None for medium in media)
 
     def summary(self) -> str:
         """One line for people about where pixels came from so far."""
@@ -58,11 +65,9 @@ class RemoteSource:
         self._stop: Future = Future()
 
     def read(self, sample: int, shape: SampleShape) -> LoadedSample:
-        """As `local.read`, DataError included: a server's word that a medium is damaged is confirmed here.
-
-        Servers read data sets alone, so a sample with a medium at a web address is read here."""
+        """As `local.read`, DataError included: a server's word that a medium is damaged is confirmed here."""
         media = self._dataset.stored_media(sample)
-        if any(isinstance(medium.place, WebAddress) for medium in media):
+        if media and not self._media.can_serve(media):
             return self._read_here(sample, shape, len(media))
         patches: list[np.ndarray] = []
         for medium in media:
@@ -136,7 +141,7 @@ def connect(settings: MediaConfig, own_decoder_id: str) -> RemoteMedia | None:
     if strange:
         raise SettingsError(f"data.media.servers has {', '.join(strange)}: expected http://HOST:PORT")
     fleet = Fleet(settings.servers, None if settings.registry is None else Path(settings.registry), own_decoder_id)
-    return RemoteMedia(MediaClient(fleet, _client_settings(settings)), own_decoder_id)
+    return RemoteMedia(MediaClient(fleet, _client_settings(settings)), own_decoder_id, settings.served)
 
 
 def _client_settings(settings: MediaConfig) -> ClientSettings:

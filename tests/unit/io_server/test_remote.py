@@ -126,6 +126,18 @@ def test_media_at_web_addresses_are_read_here_and_no_server_is_asked(indexed, to
     assert media.client.counts.values == {"local": len(stored)}
 
 
+def test_images_alone_may_be_decoded_here(indexed, tokenizer, real):
+    dataset, media = open_set(indexed[VARIANTS[0]], tokenizer, VARIANTS[0], servers=(real.url,), served="videos")
+    remote, counts = remote_source(dataset, media), {True: 0, False: 0}
+    for sample in range(len(dataset)):
+        there = remote.read(sample, dataset.shape(sample)).patches
+        assert all(np.array_equal(a, b) for a, b in zip(dataset.pixels(sample), there, strict=True))
+        kinds = [layout.kind for layout in dataset.layouts(sample)]
+        counts["video" in kinds] += len(kinds)
+    assert remote.counts().media == MediaCounts(remote=counts[True], local=counts[False])
+    assert min(counts.values()) > 0
+
+
 def test_a_closed_source_waits_for_no_server_and_decodes_nothing(indexed, tokenizer):
     with socket.create_server(("127.0.0.1", 0)) as hung:
         url = f"http://127.0.0.1:{hung.getsockname()[1]}"
