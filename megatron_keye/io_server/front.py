@@ -8,7 +8,6 @@ import socket
 import sys
 import time
 import traceback
-from collections.abc import Awaitable
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -239,7 +238,6 @@ class Front:
             return _refusal(error)
 
     async def _decode(self, connection: Connection, request: Request) -> Answer:
-        began_s = time.perf_counter()
         if self._settings.secret is not None:
             auth.verify(self._settings.secret, request.headers.get("authorization", ""), request.path, request.body, time.time())
         connection.trust()
@@ -249,14 +247,16 @@ class Front:
         if self._draining.is_set():
             raise Refused("draining", "this server is about to stop", retry_after_s=60)
         result = await self._result(job, request.body.decode())
-        self._metrics.add("decoded_total", kind="image" if job.frames is None else "video")
-        self._metrics.add("decode_seconds_total", time.perf_counter() - began_s)
+        self._metrics.add("decoded_total", kind=_kind(job))
         facts = {"decoder_id": self._decoder_id, "xxh3_64": result.checksum, "segments": job.segments}
         return Answer(200, result.slab, ((RESULT_HEADER, json.dumps(facts)), ("content-type", "application/octet-stream")))
 
     async def _result(self, job: DecodeJob, text: str) -> Result:
-        def decode(slab: Slab) -> Awaitable[str]:
-            return self._pool.run(text, slab)
+        async def decode(slab: Slab) -> str:
+            done = await self._pool.run(text, slab)
+            self._metrics.observe("queue_seconds", done.waited_s, kind=_kind(job))
+            self._metrics.observe("decode_seconds", done.took_s, kind=_kind(job))
+            return done.checksum
 
         return await self._results.get(job.key, job.result_bytes, decode, keep=job.sha256 is not None)
 
@@ -293,6 +293,10 @@ def _raise_open_files() -> int:
     if soft != resource.RLIM_INFINITY and soft < most:
         resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
     return most
+
+
+def _kind(job: DecodeJob) -> str:
+    return "image" if job.frames is None else "video"
 
 
 def _refusal(error: Refused) -> Answer:

@@ -5,6 +5,7 @@ import os
 import signal
 import socket
 import sys
+import time
 from collections import Counter
 from collections.abc import Sequence
 from contextlib import suppress
@@ -71,6 +72,15 @@ class WorkerDied(Exception):
     def __init__(self, returncode: int):
         super().__init__(f"the worker ended with code {returncode}")
         self.crashed = returncode >= 0 or -returncode in CRASHES
+
+
+@dataclass(frozen=True, slots=True)
+class Decoded:
+    """What became of a job: the checksum of its bytes, and how long it waited for workers and was decoded by the last one."""
+
+    checksum: str
+    waited_s: float
+    took_s: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -178,13 +188,17 @@ class WorkerPool:
             self._admit(worker)
         return self._decoder_id
 
-    async def run(self, job: str, slab: Slab) -> str:
-        """Decode one job into `slab`; returns the checksum of its bytes.
+    async def run(self, job: str, slab: Slab) -> Decoded:
+        """Decode one job into `slab`.
 
         A job whose worker dies is given to one other. Raises Refused; when cancelled, the worker stops at the next frame.
         """
+        waited_s = 0.0
         for is_last in (False, True):
+            asked_s = time.monotonic()
             worker = await self._take()
+            began_s = time.monotonic()
+            waited_s += began_s - asked_s
             task = self._background(self._serve(worker, job, slab))
             try:
                 reply = await asyncio.shield(task)
@@ -199,7 +213,7 @@ class WorkerPool:
                 raise Refused("worker_lost", "two workers in turn were killed from outside during this job") from error
             if "error" in reply:
                 raise Refused(reply["error"], reply["message"])
-            return reply["xxh3_64"]
+            return Decoded(reply["xxh3_64"], waited_s, time.monotonic() - began_s)
         raise AssertionError("unreachable")
 
     async def close(self) -> None:

@@ -286,6 +286,20 @@ def test_equal_jobs_are_decoded_once_and_kept(start_server, write):
     assert server.pool.counts["jobs"] == 1
 
 
+def test_time_in_the_queue_is_told_from_time_of_decoding_and_what_is_kept_counts_for_neither(start_server, write):
+    server = start_server(num_workers=1)
+    paths = [write(f"sleep 0.3 {number}") for number in range(2)]
+    with ThreadPoolExecutor(2) as threads:
+        list(threads.map(lambda path: post(server.url, job_for(path)), paths))
+    assert is_well(server, paths[0])
+    lines = request(server.url, b"", method="GET", path="/metrics")[2].decode().splitlines()
+    values = {name: float(value) for name, value in (line.rsplit(" ", 1) for line in lines if not line.startswith("#"))}
+    assert values['keye_io_decode_seconds_count{kind="image"}'] == values['keye_io_queue_seconds_count{kind="image"}'] == 2
+    assert 0.6 <= values['keye_io_decode_seconds_sum{kind="image"}'] < 1.2
+    assert 0.2 <= values['keye_io_queue_seconds_sum{kind="image"}'] < 0.6
+    assert values['keye_io_decoded_total{kind="image"}'] == 3
+
+
 def test_what_has_no_checksum_is_not_kept(start_server, write):
     server = start_server()
     path = write("before")

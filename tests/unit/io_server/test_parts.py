@@ -333,6 +333,22 @@ def test_a_failure_is_told_to_all_and_not_kept():
     asyncio.run(scenario())
 
 
+def test_histograms_are_in_the_text_format():
+    metrics = Metrics()
+    for seconds in (0.0005, 0.001, 0.2, 0.25, 1000.0):
+        metrics.observe("decode_seconds", seconds, kind="video")
+    metrics.observe("decode_seconds", 0.002, kind="image")
+    first, *lines = metrics.text({}, {}).splitlines()
+    assert first == "# TYPE keye_io_decode_seconds histogram"
+    values = dict(line.rsplit(" ", 1) for line in lines)
+    of_videos = {
+        '_bucket{kind="video",le="0.001"}': "2", '_bucket{kind="video",le="0.1"}': "2", '_bucket{kind="video",le="0.3"}': "4",
+        '_bucket{kind="video",le="100.0"}': "4", '_bucket{kind="video",le="+Inf"}': "5", '_sum{kind="video"}': "1000.4515",
+        '_count{kind="video"}': "5", '_count{kind="image"}': "1",
+    }  # fmt: skip
+    assert {name: values[f"keye_io_decode_seconds{name}"] for name in of_videos} == of_videos
+
+
 def test_metrics_are_in_the_text_format():
     metrics = Metrics()
     metrics.add("responses_total", status="200")
