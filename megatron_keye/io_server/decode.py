@@ -5,6 +5,7 @@ torch is loaded for Preview's clips alone, and for those of Keye-VL-1.5 where nu
 """
 
 import sys
+import traceback
 from collections.abc import Iterator
 from functools import partial
 
@@ -16,6 +17,7 @@ from megatron_keye.data.media.decoder import MediaDecoder, check_versions, decod
 from megatron_keye.data.media.resample import load_compiled
 from megatron_keye.errors import KeyeError
 from megatron_keye.io_server import worker
+from megatron_keye.io_server.events import log_event
 from megatron_keye.io_server.protocol import DecodeJob
 
 
@@ -61,5 +63,8 @@ if __name__ == "__main__":
     try:
         sys.exit(main(*sys.argv[1:]))
     except KeyeError as error:
-        print(f"error: {error}", file=sys.stderr)
+        log_event("error", message=str(error))
         sys.exit(error.exit_code)
+    except Exception:
+        log_event("internal error", traceback=traceback.format_exc())
+        sys.exit(1)

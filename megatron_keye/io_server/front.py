@@ -5,7 +5,6 @@ import errno
 import json
 import resource
 import socket
-import sys
 import time
 import traceback
 from contextlib import suppress
@@ -16,6 +15,7 @@ from megatron_keye.data.slabs import Slab
 from megatron_keye.errors import KeyeError, SettingsError
 from megatron_keye.io_server import auth
 from megatron_keye.io_server.connection import Connection, Gone, Request
+from megatron_keye.io_server.events import log_event
 from megatron_keye.io_server.metrics import Metrics
 from megatron_keye.io_server.pool import PoolSettings, WorkerPool
 from megatron_keye.io_server.protocol import (
@@ -102,15 +102,15 @@ class Front:
             self._decoder_id = await self._pool.start()
             server = await self._listen()
             lease = asyncio.create_task(self._keep_lease())
-            self._log("listening", url=self.url, decoder_id=self._decoder_id, workers=settings.pool.num_workers)
+            log_event("listening", url=self.url, decoder_id=self._decoder_id, workers=settings.pool.num_workers)
             self.ready.set()
             await self._draining.wait()
-            self._log("draining", requests=self._busy)
+            log_event("draining", requests=self._busy)
             server.close()
             await asyncio.gather(lease, self._drain())
         finally:
             await self._pool.close()
-        self._log("stopped")
+        log_event("stopped")
 
     def stop(self) -> None:
         """Take no new requests and end when those at hand are answered."""
@@ -149,7 +149,7 @@ class Front:
             try:
                 await asyncio.to_thread(write_lease, settings.registry, self.url, self._decoder_id, settings.pool.num_workers)
             except OSError as error:
-                self._log("lease not written", reason=str(error))
+                log_event("lease not written", reason=str(error))
             with suppress(TimeoutError):
                 async with asyncio.timeout(RENEW_S):
                     await self._draining.wait()
@@ -230,11 +230,11 @@ class Front:
         except Exception as fault:
             error = fault
             if not isinstance(fault, Refused):  # a mistake in this program costs one request as well
-                traceback.print_exc()
+                log_event("internal error", traceback=traceback.format_exc())
                 error = Refused("internal", f"{type(fault).__name__}: {fault}")
             self._metrics.add("refused_total", error=error.code)
             if error.code not in ("busy", "draining"):
-                self._log("refused", error=error.code, message=str(error))
+                log_event("refused", error=error.code, message=str(error))
             return _refusal(error)
 
     async def _decode(self, connection: Connection, request: Request) -> Answer:
@@ -281,9 +281,6 @@ class Front:
             "cache_bytes": results.kept_bytes,
         }  # fmt: skip
         return Answer(200, self._metrics.text(sums, gauges).encode(), (("content-type", "text/plain; version=0.0.4"),))
-
-    def _log(self, event: str, **facts: object) -> None:
-        print(json.dumps({"time": round(time.time(), 3), "event": event, **facts}), file=sys.stderr, flush=True)
 
 
 def _raise_open_files() -> int:

@@ -21,6 +21,7 @@ from megatron_keye.data import messages
 from megatron_keye.data.limits import is_out_of_memory, limit_memory
 from megatron_keye.errors import DataError, UnsupportedError
 from megatron_keye.io_server.blobs import Blobs, DiskCache
+from megatron_keye.io_server.events import log_event, logging_as_events
 from megatron_keye.io_server.protocol import DecodeJob, Refused, parse_job
 
 Decode = Callable[[DecodeJob, bytes], Iterator[np.ndarray]]
@@ -84,7 +85,7 @@ def _answer(sock: socket.socket, blobs: Blobs, message: dict[str, Any], fd: int,
     except Exception as error:
         code = _code(error)
         if code == "internal":
-            traceback.print_exc()
+            log_event("internal error", traceback=traceback.format_exc())
         return {"error": code, "message": f"{type(error).__name__}: {error}"[:MAX_MESSAGE]}
     return {"xxh3_64": checksum.hexdigest(), "from_disk": blob.from_disk}
 
@@ -105,7 +106,7 @@ def main(arguments: Sequence[str], decode: Decode) -> int:
     """
     fd, memory_bytes, decode_s, disk_folder, disk_bytes, *roots = arguments
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C in a terminal is for the front, which ends its workers
-    with socket.socket(fileno=int(fd)) as sock:
+    with logging_as_events(), socket.socket(fileno=int(fd)) as sock:
         os.set_inheritable(sock.fileno(), False)
         disk = DiskCache(Path(disk_folder), int(disk_bytes)) if disk_folder else None
         serve(sock, Blobs(roots, disk), WorkerLimits(int(memory_bytes), float(decode_s)), decode)

@@ -16,6 +16,7 @@ from megatron_keye.config.schema import DecoderName
 from megatron_keye.errors import SettingsError
 from megatron_keye.io_server.auth import load_secret
 from megatron_keye.io_server.blobs import Blobs, DiskCache, is_url
+from megatron_keye.io_server.events import logging_as_events
 from megatron_keye.io_server.front import Front, ServerSettings
 from megatron_keye.io_server.pool import PoolSettings, worker_command
 from megatron_keye.io_server.protocol import HEALTH_PATH, is_server_url
@@ -68,7 +69,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     if args.action == "status":
         return _status(_asked(args))
-    asyncio.run(serve(_settings(args)))
+    settings = _settings(args)
+    with logging_as_events():
+        asyncio.run(serve(settings))
     return 0
 
 

@@ -5,6 +5,7 @@ import os
 import signal
 import sys
 import time
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -34,7 +35,9 @@ def decode(job, blob):
         np.ones(1 << 33, np.uint8)
     if word == "corrupt":
         raise DataError("found garbage; restore it")
-    if word == "bug":
+    if word == "warn":
+        warnings.warn("strange", stacklevel=1)
+    if word in ("bug", "warn"):
         raise RuntimeError("nobody thought of this")
     if word == "short":
         return

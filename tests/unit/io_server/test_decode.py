@@ -1,5 +1,6 @@
 """The real program of workers: what it loads, how it is limited, and that it ends where packages changed."""
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -83,6 +84,7 @@ def test_a_worker_ends_where_the_server_started_with_other_packages():
     command = [*worker_command("pyav"), "serve", found, "0", "1", "1", "", "0"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 65
-    assert "packages changed" in done.stderr
-    assert found in done.stderr
-    assert "restart it" in done.stderr
+    said = json.loads(done.stderr)["message"]
+    assert "packages changed" in said
+    assert found in said
+    assert "restart it" in said

@@ -337,14 +337,21 @@ def test_a_reader_that_stops_is_cut_off(start_server, write, monkeypatch):
         wait_until(lambda: not server.front._connections, timeout_s=5.0)
 
 
-def test_a_mistake_in_the_server_costs_one_request(start_server, write, monkeypatch, capfd):
+def test_a_mistake_costs_one_request_and_all_that_is_said_of_it_is_json(start_server, write, monkeypatch, capfd):
     server = start_server()
     path = write("good")
     with monkeypatch.context() as patch:
         patch.setattr("megatron_keye.io_server.front.parse_job", lambda text: 1 // 0)
         assert error_of(post(server.url, job_for(path))) == (500, "internal")
     assert is_well(server, path)
-    assert "ZeroDivisionError" in capfd.readouterr().err
+    assert error_of(post(server.url, job_for(write("bug")))) == (500, "internal")
+    assert error_of(post(server.url, job_for(write("warn")))) == (500, "internal")
+    logged = [json.loads(line) for line in capfd.readouterr().err.splitlines()]
+    assert all(line["time"] and line["event"] for line in logged)
+    tracebacks = [line["traceback"] for line in logged if line["event"] == "internal error"]
+    assert [text.splitlines()[-1].partition(":")[0] for text in tracebacks] == ["ZeroDivisionError", "RuntimeError", "RuntimeError"]
+    (warning,) = [line["message"] for line in logged if line["event"] == "warning"]
+    assert "UserWarning: strange" in warning
 
 
 def test_a_server_on_all_addresses_announces_the_name_of_its_machine(start_server):
