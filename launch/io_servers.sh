@@ -8,15 +8,15 @@ usage() {
     cat <<'HELP'
 usage: launch/io_servers.sh --registry DIR --root DIR [--root DIR ...] [options] [-- OPTIONS]
 
-Start I/O servers on CPU nodes, one per node. Runs find them in the registry, a shared folder in which each server keeps a
+Start I/O servers on CPU nodes, one for each 16 cores of a node. Runs find them in the registry, a shared folder in which each server keeps a
 lease; a run goes on without servers, more slowly, and uses them again when they are back. A server whose node is lost, or
 whose time is over, is put into the queue again.
 
   --registry DIR      shared folder for the leases
   --root DIR          folder or URL whose files the servers may read (data of the runs); may be given more than once
-  --nodes N           how many servers (default: 1)
+  --nodes N           how many CPU nodes (default: 1)
   --partition P       CPU partition (default: SITE_IO_PARTITION of launch/site.env)
-  --cpus N            cores of one server, and its decoding processes (default: SITE_IO_CPUS, else 16)
+  --cpus N            cores of a node, and its decoding processes (default: SITE_IO_CPUS, else 16)
   --time T            time limit after which a server starts anew (default: 1-00:00:00)
   --secret-file F     secret that runs must know (default: DIR/secret of the registry, made if it is not there)
   --dry-run           show the job, submit nothing

@@ -47,7 +47,10 @@ WORKER_EVENTS = ("jobs", "started", "crashed", "lost", "timeout", "oom", "cancel
 
 @dataclass(frozen=True, slots=True)
 class ServerSettings:
-    """`memory_bytes` bounds all results together: being decoded, sent, and kept to be sent again."""
+    """`memory_bytes` bounds all results together: being decoded, sent, and kept to be sent again.
+
+    Raises SettingsError for a server that could be asked by anyone.
+    """
 
     host: str
     port: int
@@ -60,6 +63,13 @@ class ServerSettings:
     advertise: str | None = None
     """Host name by which others reach this server; None takes `host`, or this machine's name where that means all addresses."""
 
+    def __post_init__(self):
+        if self.secret is None and self.host not in LOOPBACK:
+            raise SettingsError(
+                f"without --secret-file the server listens on this machine only, not on {self.host}: it shows whoever asks what is in its "
+                "roots; give it a secret, or --listen 127.0.0.1:PORT"
+            )
+
 
 @dataclass(frozen=True, slots=True)
 class Answer:
@@ -69,14 +79,9 @@ class Answer:
 
 
 class Front:
-    """One server. Raises SettingsError where it could be asked by anyone."""
+    """One server."""
 
     def __init__(self, settings: ServerSettings):
-        if settings.secret is None and settings.host not in LOOPBACK:
-            raise SettingsError(
-                f"without --secret-file the server listens on this machine only, not on {settings.host}: it shows whoever asks what is "
-                "in its roots; give it a secret, or --listen 127.0.0.1:PORT"
-            )
         self._settings = settings
         self._pool = WorkerPool(settings.pool)
         open_files = _raise_open_files()

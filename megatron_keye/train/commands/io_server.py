@@ -21,6 +21,7 @@ from megatron_keye.io_server.front import Front, ServerSettings
 from megatron_keye.io_server.pool import PoolSettings, worker_command
 from megatron_keye.io_server.protocol import HEALTH_PATH, is_server_url
 from megatron_keye.io_server.registry import live_leases
+from megatron_keye.io_server.several import STOP_SIGNALS, WORKERS_PER_SERVER, run_servers, shared_out
 from megatron_keye.io_server.worker import WorkerLimits
 
 HELP = """Serve decoded pixels to training runs, bit for bit those that they would decode themselves.
@@ -30,7 +31,7 @@ ends it at once."""
 EXAMPLES = """\
   keye io-server --listen 127.0.0.1:7300 --workers 8 --root /data/shards       # for runs on this machine
   keye io-server --listen 0.0.0.0:7300 --workers 64 --root /data/shards \\
-      --secret-file run/secret --registry run/io_servers                       # for a cluster
+      --secret-file run/secret --registry run/io_servers                       # for a cluster: four servers, ports 7300 to 7303
   keye io-server status http://node1:7300 http://node2:7300                    # exit code 0 where all are well
   keye io-server status --registry run/io_servers"""
 
@@ -39,13 +40,18 @@ DRAIN_S = 20.0
 """SLURM kills processes 30 s (KillWait) after their SIGTERM; closing connections and workers takes seconds too."""
 SAME_SIGNAL_S = 1.0
 """A signal this soon after the first is the same one: SLURM sends it to all of a job's processes, and a batch script passes it on."""
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
+MAX_PORT = 65535
 MIB, GIB = 1 << 20, 1 << 30
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--listen", metavar="HOST:PORT", help="where to listen; port 0 takes a free one and says which")
     parser.add_argument("--workers", type=int, default=1, metavar="N", help="decoding processes; about one per core (default: 1)")
+    servers_help = (
+        "processes that take requests, each at a port of its own from --listen's on, with its part of the workers "
+        f"(default: one per {WORKERS_PER_SERVER} workers)"
+    )
+    parser.add_argument("--servers", type=int, metavar="N", help=servers_help)
     parser.add_argument("--decoder", choices=get_args(DecoderName), default="pyav", help="data.media.decoder of the runs (default: pyav)")
     roots_help = "folders and URLs whose files may be read, and no others; may be given more than once"
     parser.add_argument("--root", nargs="+", action="extend", default=[], metavar="PATH", help=roots_help)
@@ -53,7 +59,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--registry", metavar="DIR", help="shared folder in which runs find this server (data.media.registry)")
     parser.add_argument("--advertise", metavar="HOST", help="name by which runs reach this server (default: that of --listen)")
     parser.add_argument("--queue", type=int, metavar="N", help="requests that may wait for a worker, or 0 (default: 4 per worker)")
-    parser.add_argument("--memory-mib", type=int, default=4096, metavar="M", help="all results together, cached ones too (default: 4096)")
+    memory_help = "all results of each server together, cached ones too (default: 4096)"
+    parser.add_argument("--memory-mib", type=int, default=4096, metavar="M", help=memory_help)
     parser.add_argument("--disk-cache", metavar="DIR", help="keep media that were read in this folder, on a disk of this node")
     parser.add_argument("--disk-cache-gib", type=float, default=64, metavar="G", help="most bytes of --disk-cache (default: 64)")
     parser.add_argument("--worker-memory-mib", type=int, default=4096, metavar="M", help="memory one decode may take (default: 4096)")
@@ -70,9 +77,17 @@ def run(args: argparse.Namespace) -> int:
     if args.action == "status":
         return _status(_asked(args))
     settings = _settings(args)
+    num_servers = -(-args.workers // WORKERS_PER_SERVER) if args.servers is None else args.servers
+    if num_servers == 1:
+        run_server(settings)
+        return 0
+    return run_servers(run_server, _shared_out(settings, num_servers))
+
+
+def run_server(settings: ServerSettings) -> None:
+    """Raises KeyeError where it cannot start."""
     with logging_as_events():
         asyncio.run(serve(settings))
-    return 0
 
 
 async def serve(settings: ServerSettings) -> None:
@@ -97,7 +112,7 @@ async def serve(settings: ServerSettings) -> None:
 def _settings(args: argparse.Namespace) -> ServerSettings:
     """Raises SettingsError for arguments that make no server."""
     host, colon, port = (args.listen or "").rpartition(":")
-    if not colon or not host or not port.isdigit() or int(port) > 65535:
+    if not colon or not host or not port.isdigit() or int(port) > MAX_PORT:
         raise SettingsError(f"--listen is {args.listen!r}: expected HOST:PORT, such as 127.0.0.1:7300")
     for name in ("workers", "memory_mib", "worker_memory_mib", "decode_timeout_s", "drain_s", "disk_cache_gib"):
         if not 0 < vars(args)[name] < math.inf:
@@ -124,6 +139,15 @@ def _settings(args: argparse.Namespace) -> ServerSettings:
         registry=registry,
         advertise=args.advertise,
     )
+
+
+def _shared_out(settings: ServerSettings, num_servers: int) -> list[ServerSettings]:
+    """Raises SettingsError for more servers than workers or ports."""
+    if not 0 < num_servers <= settings.pool.num_workers:
+        raise SettingsError(f"--servers is {num_servers}: expected from 1 to --workers, which is {settings.pool.num_workers}")
+    if settings.port and settings.port + num_servers - 1 > MAX_PORT:
+        raise SettingsError(f"--listen has port {settings.port}: {num_servers} servers need as many ports from there on, up to {MAX_PORT}")
+    return shared_out(settings, num_servers)
 
 
 def _registry(folder: Path) -> Path:
