@@ -8,9 +8,9 @@ usage() {
     cat <<'HELP'
 usage: launch/io_servers.sh --registry DIR --root DIR [--root DIR ...] [options] [-- OPTIONS]
 
-Start I/O servers on CPU nodes, one for each 16 cores of a node. Runs find them in the registry, a shared folder in which each server keeps a
-lease; a run goes on without servers, more slowly, and uses them again when they are back. A server whose node is lost, or
-whose time is over, is put into the queue again.
+Start I/O servers on CPU nodes, one for each 16 cores of a node. Runs find them in the registry, a shared folder in which each
+server keeps a lease; a run goes on without servers, more slowly, and uses them again when they are back. A server whose node is
+lost, or whose time is over, is put into the queue again.
 
   --registry DIR      shared folder for the leases
   --root DIR          folder or URL whose files the servers may read (data of the runs); may be given more than once
