@@ -14,6 +14,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
@@ -29,31 +30,41 @@ RUN_CORE, SERVER_CORE = "0", "1"
 
 @contextmanager
 def server(root: Path):
-    """URL of a server with one worker."""
+    """A server with one worker: its URL and its process."""
     options = ("--listen", "127.0.0.1:0", "--root", str(root), "--queue", "64", "--memory-mib", str(CACHE_MIB))
     process = subprocess.Popen(["taskset", "-c", SERVER_CORE, *KEYE, "io-server", *options], stderr=subprocess.PIPE, text=True)
     try:
-        yield next(json.loads(line)["url"] for line in process.stderr if line.startswith("{"))
+        yield next(json.loads(line)["url"] for line in process.stderr if line.startswith("{")), process
     finally:
         process.terminate()
         process.communicate()
 
 
-def run(folder: Path, run_dir: Path, steps: int, servers: int) -> dict[str, float]:
-    """Median seconds of a step and of waiting for data, and how many media came from servers."""
+def train(folder: Path, run_dir: Path, steps: int, urls: Sequence[str]) -> subprocess.Popen:
+    """Start a run of the debug model on the set in `folder`, with these servers; without any it decodes by itself."""
     overrides = [
         f"data.train={folder / 'shards'}", f"data.tokenizer={folder / 'tokenizer'}", "data.valid=null", "data.seq_length_tokens=8192",
         "data.image.max_tokens=1024", "data.video.max_frame_tokens=64", "data.video.total_tokens=256", "data.global_batch_samples=16",
         "data.loader.workers=1", f"train.steps={steps}", "train.valid_every_steps=0",
+        f"data.media.servers=[{', '.join(urls)}]",
     ]  # fmt: skip
+    command = ["taskset", "-c", RUN_CORE, *KEYE, "train", "debug", "--run-dir", str(run_dir), "--set", *overrides]
+    return subprocess.Popen(command, stdout=subprocess.DEVNULL, env=os.environ | {"OMP_NUM_THREADS": "1"})
+
+
+def steps_of(run_dir: Path) -> list[dict]:
+    """What the run wrote about each step so far."""
+    path = run_dir / "metrics.jsonl"
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def run(folder: Path, run_dir: Path, steps: int, servers: int) -> dict[str, float]:
+    """Median seconds of a step and of waiting for data, and how many media came from servers."""
     with ExitStack() as stack:
-        urls = [stack.enter_context(server(folder / "shards")) for _ in range(servers)]
-        if urls:
-            overrides.append(f"data.media.servers=[{', '.join(urls)}]")
-        command = ["taskset", "-c", RUN_CORE, *KEYE, "train", "debug", "--run-dir", str(run_dir), "--set", *overrides]
-        subprocess.run(command, check=True, stdout=subprocess.DEVNULL, env=os.environ | {"OMP_NUM_THREADS": "1"})
-    lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
-    taken = [line for line in lines if "step_time_s" in line][WARM_UP_STEPS:]
+        urls = [stack.enter_context(server(folder / "shards"))[0] for _ in range(servers)]
+        if code := train(folder, run_dir, steps, urls).wait():
+            raise SystemExit(f"the run ended with code {code}")
+    taken = steps_of(run_dir)[WARM_UP_STEPS:]
     return {name: statistics.median(line[name] for line in taken) for name in ("step_time_s", "data_wait_s", "media_remote")}
 
 

@@ -7,9 +7,10 @@ import signal
 import pytest
 import torch
 
+from benchmarks.slow_path import SlowPath
 from megatron_keye.train.run_dir import RunDir
 from tests.tiny import losses, read_lines, train
-from tests.unit.io_server.processes import ServerProcess, SlowPath
+from tests.unit.io_server.processes import ServerProcess
 
 
 @pytest.fixture(scope="module")
