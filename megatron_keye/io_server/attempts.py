@@ -74,6 +74,7 @@ class Attempt:
 
     def __init__(self, connections: Connections, url: str, job: DecodeJob, deadline_s: float):
         self._connections, self.url, self._job, self._deadline_s = connections, url, job, deadline_s
+        self.began_s = time.monotonic()
         self._socket: socket.socket | None = None
         self._cancelled = False
         self._lock = threading.Lock()

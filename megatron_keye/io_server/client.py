@@ -15,16 +15,12 @@ from megatron_keye.io_server.attempts import Attempt, AttemptFailed, Connections
 from megatron_keye.io_server.buffers import BufferPool
 from megatron_keye.io_server.fleet import Fleet, Server
 from megatron_keye.io_server.protocol import DecodeJob
+from megatron_keye.io_server.server_times import ServerTimes
 
 MAX_ATTEMPTS = 3
 """Servers that may fail at one job. One that is busy has not failed."""
 FATAL_CRASHES = 2
 """Servers whose workers died of a job before it is kept away from this process too."""
-HEDGED_SHARE = 0.1
-"""Requests that may be hedged, at most, in the long run."""
-HEDGE_PERCENTILE = 95
-HEDGE_HISTORY = 128
-HEDGE_MIN_HISTORY = 8
 
 
 class Poisonous(Exception):
@@ -66,37 +62,6 @@ class ByteCredits:
                 self._changed.notify_all()
 
 
-class HedgeClock:
-    """When to ask a second server: after what nearly all results of this size took, within a share of all requests."""
-
-    def __init__(self, least_s: float):
-        self._least_s = least_s
-        self._seconds_per_byte: dict[bool, deque[float]] = {False: deque(maxlen=HEDGE_HISTORY), True: deque(maxlen=HEDGE_HISTORY)}
-        self._allowance = 1.0
-        self._lock = threading.Lock()
-
-    def delay_s(self, job: DecodeJob) -> float:
-        """Images and videos are told apart, as a byte of one costs many times a byte of the other."""
-        with self._lock:
-            history = self._seconds_per_byte[job.frames is not None]
-            if len(history) < HEDGE_MIN_HISTORY:
-                return self._least_s
-            return max(self._least_s, float(np.percentile(history, HEDGE_PERCENTILE)) * job.result_bytes)
-
-    def record(self, job: DecodeJob, took_s: float) -> None:
-        with self._lock:
-            self._seconds_per_byte[job.frames is not None].append(took_s / job.result_bytes)
-            self._allowance = min(self._allowance + HEDGED_SHARE, HEDGE_HISTORY * HEDGED_SHARE)
-
-    def may_hedge(self) -> bool:
-        """Takes one hedge from the allowance where there is one."""
-        with self._lock:
-            if self._allowance < 1:
-                return False
-            self._allowance -= 1
-            return True
-
-
 @dataclass
 class Counts:
     """Events by name: remote, local, retried, hedged, hedge_won, busy, failed, confirmed_here."""
@@ -124,7 +89,7 @@ class MediaClient:
         # Losers of hedges and cancelled attempts hold their threads for a moment.
         self._threads = ThreadPoolExecutor(3 * settings.requests, thread_name_prefix="media")
         self._credits = ByteCredits(settings.in_flight_bytes)
-        self._hedge = HedgeClock(settings.hedge_after_s)
+        self.times = ServerTimes(settings.hedge_after_s)
         self._closed: Future = Future()
         self.counts = Counts()
 
@@ -149,8 +114,9 @@ class _Fetch:
     def __init__(self, client: MediaClient, job: DecodeJob, stops: set[Future]):
         """It ends without an answer when one of `stops` is done."""
         self._client, self._job, self._stops = client, job, stops
-        self._began_s = time.monotonic()
-        self._deadline_s = self._began_s + client.settings.deadline_s
+        self._asked_s = time.monotonic()
+        """When the latest server was asked, hedges apart."""
+        self._deadline_s = self._asked_s + client.settings.deadline_s
         self._servers = deque(client.fleet.ranked(job.key))
         self._running: dict[Future, tuple[Attempt, Server, bool]] = {}
         self._failed = self._crashed = 0
@@ -212,6 +178,8 @@ class _Fetch:
     def _start(self, server: Server, *, is_hedge: bool) -> None:
         self._servers.remove(server)
         server.breaker.asked()
+        if not is_hedge:
+            self._asked_s = time.monotonic()
         attempt = Attempt(self._client._connections, server.url, self._job, self._deadline_s)
         self._running[self._client._threads.submit(attempt.run)] = (attempt, server, is_hedge)
 
@@ -219,7 +187,7 @@ class _Fetch:
         left_s = max(self._deadline_s - time.monotonic(), 0.0)
         if self._hedged or not self._servers:
             return left_s
-        hedge_at_s = self._began_s + self._client._hedge.delay_s(self._job)
+        hedge_at_s = self._asked_s + self._client.times.hedge_after_s(self._job)
         return min(left_s, max(hedge_at_s - time.monotonic(), 0.0))
 
     def _grow_impatient(self) -> None:
@@ -232,27 +200,32 @@ class _Fetch:
                 self._client.counts.failure(why)
             return
         self._hedged = True
-        if self._client._hedge.may_hedge():
+        if self._client.times.may_hedge():
             self._client.counts.add("hedged")
             self._start(self._servers[0], is_hedge=True)
 
     def _judge(self, future: Future) -> np.ndarray | None:
         """The answer of a finished attempt, or None with what its failure means noted."""
-        _, server, is_hedge = self._running.pop(future)
+        attempt, server, is_hedge = self._running.pop(future)
         counts = self._client.counts
         try:
             answer = future.result()
         except AttemptFailed as error:
             self._note(server, error)
             return None
-        server.breaker.succeeded()
         server.places.free()
         counts.add("remote")
+        times, took_s = self._client.times, time.monotonic() - attempt.began_s
+        times.answered(server.url, self._job, took_s)
+        if times.is_slow(server.url, self._job, took_s):
+            server.trip(f"{server.url}: others answer several times sooner")
+        else:
+            server.breaker.succeeded()
         if is_hedge:
             counts.add("hedge_won")
-            for _, slower, _ in self._running.values():  # which may be hung: hedges are too few to find out every time
+            for overtaken, slower, _ in self._running.values():  # which may be hung: hedges are too few to find out every time
                 slower.failed(f"{slower.url}: others answer sooner")
-        self._client._hedge.record(self._job, time.monotonic() - self._began_s)
+                times.overtaken(slower.url, self._job, time.monotonic() - overtaken.began_s)
         return answer
 
     def _note(self, server: Server, error: AttemptFailed) -> None:

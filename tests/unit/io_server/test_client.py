@@ -8,9 +8,11 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
+from benchmarks.slow_path import SlowPath
 from megatron_keye.io_server.attempts import Attempt, AttemptFailed, Connections, Timeouts
 from megatron_keye.io_server.buffers import BufferPool
-from megatron_keye.io_server.client import ByteCredits, HedgeClock, Poisonous
+from megatron_keye.io_server.client import ByteCredits, Poisonous
+from megatron_keye.io_server.server_times import ServerTimes
 from tests.unit.io_server.serving import CLIENT, MIB, RunningServer, as_bytes, client_of, clip_job, expected, job_for, post, wait_until
 
 
@@ -147,7 +149,7 @@ def test_a_name_that_none_can_be_is_a_failure_of_the_server(write):
 
 def test_a_server_that_hangs_is_hedged_then_left_alone(pair, listener, write):
     client = client_of(listener, pair[0].url, hedge_after_s=0.1)
-    client._hedge._allowance = 10.0
+    client.times._allowance = 10.0
     paths = [path for path in (write(f"picture {n}") for n in range(50)) if first_choice(client, job_for(path)) == listener]
     assert len(paths) > 10
     began_s = time.monotonic()
@@ -314,14 +316,44 @@ def test_byte_credits_bound_what_is_on_its_way_and_let_one_large_result_through(
 
 def test_hedging_waits_for_what_is_usual_and_stays_within_its_share(write):
     job = job_for(write("picture"))
-    clock = HedgeClock(0.5)
-    assert clock.delay_s(job) == 0.5
+    times = ServerTimes(0.5)
+    assert times.hedge_after_s(job) == 0.5
     for _ in range(20):
-        clock.record(job, 4.0)
-    assert clock.delay_s(job) == pytest.approx(4.0)
+        times.answered("a", job, 4.0)
+    assert times.hedge_after_s(job) == pytest.approx(4.0)
     larger = job_for(write("picture"), sizes=((56, 28),))
-    assert clock.delay_s(larger) == pytest.approx(8.0)
-    assert sum(clock.may_hedge() for _ in range(20)) == 3  # 1 to begin with, and a tenth of 20
+    assert times.hedge_after_s(larger) == pytest.approx(8.0)
+    assert sum(times.may_hedge() for _ in range(20)) == 3  # 1 to begin with, and a tenth of 20
+
+
+def test_a_server_is_slow_where_it_is_late_and_another_is_several_times_as_fast(write):
+    job, clip, times = job_for(write("picture")), clip_job(write("clip"), 2), ServerTimes(0.5)
+    for _ in range(8):
+        times.answered("fast", job, 0.1)
+        times.answered("fast", clip, 5.0)
+        times.answered("near", job, 0.29)
+        times.answered("slow", job, 0.31)
+    assert [times.is_slow(url, job, 1.0) for url in ("fast", "near", "slow", "new")] == [False, False, True, False]
+    assert not times.is_slow("slow", job, 0.4), "within what nobody minds"
+    assert not times.is_slow("slow", clip, 9.0), "of clips nothing is known of it"
+    for _ in range(4):
+        times.answered("slow", job, 0.1)
+    assert not times.is_slow("slow", job, 1.0), "half of its last ones were as fast"
+    for _ in range(8):
+        times.overtaken("near", job, 0.9)
+    assert times.is_slow("near", job, 1.0)
+
+
+def test_a_server_that_is_always_late_is_left_alone(start_server, write):
+    quick, late = start_server(num_workers=2), start_server(num_workers=2)
+    late_url = SlowPath(late.url, delay_s=0.3).url
+    client = client_of(quick.url, late_url, hedge_after_s=0.2)
+    client.times._allowance = 0.0
+    jobs = [job_for(write(f"picture {n}")) for n in range(60)]
+    assert sum(first_choice(client, job) == late_url for job in jobs) > 20
+    for job in jobs:
+        assert client.fetch(job) is not None
+    assert 8 <= late.pool.counts["jobs"] < 20, "eight of each are as many as it takes to know, or a few more"
 
 
 def test_a_closed_client_ends_its_waits(start_server, write):
