@@ -38,3 +38,12 @@ def real(tmp_path_factory):
     server = real_server(tmp_path_factory.getbasetemp(), decode_s=60.0)
     yield server
     server.close()
+
+
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory):
+    """A server for requests that leave it as it was, and its root."""
+    root = tmp_path_factory.mktemp("plain")
+    server = RunningServer(root)
+    yield server, root
+    server.close()

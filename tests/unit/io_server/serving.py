@@ -129,3 +129,9 @@ def wait_until(condition, timeout_s=15.0) -> None:
 
 def as_bytes(answer: np.ndarray | None) -> bytes | None:
     return None if answer is None else answer.tobytes()
+
+
+def is_well(server: RunningServer, path: Path) -> bool:
+    """Whether it still answers a job for this file."""
+    answer = post(server.url, job := job_for(path))
+    return answer[0] == 200 and answer[2] == expected(job, path)
