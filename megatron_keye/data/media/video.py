@@ -153,7 +153,7 @@ def _haste(blob: bytes) -> dict[str, str]:
 
 
 def _without(blob: bytes, missing: str) -> DataError:
-    return DataError(f"cannot decode a video: found {describe_blob(blob)} without {missing}; restore, rewrite or drop it")
+    return DataError(f"cannot decode a video: found {describe_blob(blob)} without {missing}; restore or drop it")
 
 
 def _damaged(blob: bytes, what: str) -> DataError:

@@ -253,7 +253,7 @@ def test_where_dali_is_missing_the_error_says_what_to_install():
     assert open_decoder("pyav") is PYAV
     with pytest.raises(SettingsError, match=r"data.media.decoder is dali.*pip install 'megatron_keye\[dali\]'"):
         open_decoder("dali")
-    command = (sys.executable, "-m", "megatron_keye.io_server.decode", "dali", "3", "1", "1")
-    worker = subprocess.run(command, capture_output=True, text=True)
-    assert worker.returncode == 1
-    assert worker.stderr.startswith("error: data.media.decoder is dali")
+    command = (sys.executable, "-m", "megatron_keye.io_server.decode", "dali", "identify")
+    program = subprocess.run(command, capture_output=True, text=True)
+    assert program.returncode == SettingsError.exit_code
+    assert program.stdout.startswith("data.media.decoder is dali")
