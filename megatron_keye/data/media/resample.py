@@ -1,4 +1,5 @@
-"""Pillow's bicubic and torch's antialiased bilinear resize of RGB pixels, to the bit, in less than their time: compiled for whole rows.
+"""Pillow's bicubic and torch's antialiased bilinear resize of RGB pixels, to the bit: the first in a fraction of Pillow's time, the second
+in about torch's time, but without the second and 200 MB that torch takes to load. Both are compiled for whole rows.
 
 Both libraries weigh the pixels under each output pixel in integers, one axis after the other, and round to uint8 in between; an axis that
 keeps its size is left out. So what tells them apart are the weights (`weights.py`) and which axis comes first; the rest is common
